@@ -1,0 +1,26 @@
+"""Attention as a shell with timm's parameter names around a token mixer chosen by name."""
+
+from adala.attention.base import (
+    AttentionShape,
+    AttentionShell,
+    NoOptions,
+    TokenMixer,
+    accumulation_dtype,
+    autocast_off,
+)
+from adala.attention.layout import LayoutTracker, TokenLayout
+from adala.attention.registry import build_mixer, mechanism_names, resolve_mechanism
+
+__all__ = [
+    "AttentionShape",
+    "AttentionShell",
+    "LayoutTracker",
+    "NoOptions",
+    "TokenLayout",
+    "TokenMixer",
+    "accumulation_dtype",
+    "autocast_off",
+    "build_mixer",
+    "mechanism_names",
+    "resolve_mechanism",
+]

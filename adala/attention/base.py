@@ -1,0 +1,134 @@
+"""The attention interface: a shell with timm's parameter names around an exchangeable token mixer.
+
+Shapes: B batch, H heads, N tokens, d head dim, D embed dim (D = H d for every plain ViT).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adala.attention.layout import LayoutTracker, TokenLayout
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a token mixer is built for.
+
+    Attributes:
+        num_heads: H.
+        head_dim: d.
+        layout: Token layout at the model's own image size; a mechanism whose parameters depend on the number of
+            tokens (Linformer) sizes them by it, the others ignore it.
+    """
+
+    num_heads: int
+    head_dim: int
+    layout: TokenLayout
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a mechanism that has none."""
+
+
+class TokenMixer(nn.Module):
+    """Mixes values over tokens: the part of attention in which the mechanisms differ.
+
+    A subclass sets ``Options`` (a frozen dataclass, every field with a default) and implements ``forward``. It takes
+    q, k, v as they leave the packed projection: no scale applied, possibly strided views. Feature maps, normalisers
+    and sums over tokens are computed in float32 (float64 for float64 input) with autocast off.
+    """
+
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, shape: AttentionShape, options: Any = None):
+        super().__init__()
+        self.shape = shape
+        self.options = self.Options() if options is None else options
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """Mixes ``v`` over tokens.
+
+        Args:
+            q: Queries, (B, H, N, d).
+            k: Keys, (B, H, N, d).
+            v: Values, (B, H, N, d).
+            layout: Layout of the N tokens.
+
+        Returns:
+            (B, H, N, d) in the dtype of ``v``, before the output projection.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement forward")
+
+    def extra_repr(self) -> str:
+        return repr(self.options)
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of statistics and token sums: float32, or float64 where the input already is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def autocast_off(tensor: Tensor) -> torch.autocast:
+    """A context in which operations on ``tensor``'s device keep the dtype of their inputs."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class AttentionShell(nn.Module):
+    """Multi-head self-attention under timm's parameter names, whose token mixing is exchangeable.
+
+    Holds the very submodules of the timm attention it replaces (``qkv``, ``q_norm``, ``k_norm``, ``norm``, ``gate``,
+    ``proj``), so that a teacher's state dict loads unchanged; the mechanism's own parameters lie under
+    ``token_mixer``.
+    """
+
+    def __init__(self, attention: nn.Module, token_mixer: TokenMixer, tracker: LayoutTracker):
+        """Wraps the submodules of ``attention`` (timm's ``Attention``, whose weights are shared, not copied)."""
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.head_dim = attention.head_dim
+        self.qkv = attention.qkv
+        self.q_norm = attention.q_norm
+        self.k_norm = attention.k_norm
+        self.token_mixer = token_mixer
+        self.norm = getattr(attention, "norm", nn.Identity())
+        self.gate = getattr(attention, "gate", None)
+        self.proj = attention.proj
+        self.proj_drop = attention.proj_drop
+        self.tracker = tracker
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of ``x`` (B, N, D), each (B, H, N, d), normalised where the model does."""
+        batch, num_tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mixes over tokens under the layout of the current batch, (B, H, N, d) in and out."""
+        layout = self.tracker.current
+        if q.shape[-2] != layout.num_tokens:
+            raise ValueError(
+                f"{q.shape[-2]} tokens reached an attention layer, but a {layout.grid_size[0]} x {layout.grid_size[1]} "
+                f"patch grid with {layout.num_prefix_tokens} prefix tokens has {layout.num_tokens}: "
+                "call the whole model, so that its patch embedding sees the image"
+            )
+        return self.token_mixer(q, k, v, layout)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attention of ``x`` over itself, (B, N, D) in and out.
+
+        Raises:
+            ValueError: A mask is given; no mechanism here is defined under one.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("masked or causal attention is not supported by linearized models: pass no attn_mask")
+        batch, num_tokens, _ = x.shape
+        mixed = self.mix(*self.project(x))
+        mixed = mixed.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim)
+        mixed = self.norm(mixed)
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(mixed))

@@ -1,0 +1,87 @@
+"""Linear attention: the normalised product form that most mechanisms share, and ViT-AdaLA's own ELU + 1 instance.
+
+Shapes: B batch, H heads, N tokens, d head dim, M features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adala.attention.base import TokenMixer, accumulation_dtype, autocast_off
+from adala.attention.layout import TokenLayout
+
+
+def linear_attention(
+    query_features: Tensor, key_features: Tensor, v: Tensor, den_added: float = 0.0, den_min: float | None = None
+) -> Tensor:
+    """a (b^T v) / den with den = a . sum_tokens b, in time linear in N.
+
+    Args:
+        query_features: a, (B, H, N, M), non-negative, float32 or float64.
+        key_features: b, (B, H, N, M).
+        v: Values, (B, H, N, d), of any floating dtype.
+        den_added: Added to the denominator.
+        den_min: Lower clamp of the denominator; None is no clamp.
+
+    Returns:
+        (B, H, N, d) in the dtype of ``v``; sums are kept in the dtype of the features.
+    """
+    with autocast_off(v):
+        key_values = key_features.transpose(-2, -1) @ v.to(key_features.dtype)
+        numerator = query_features @ key_values
+        denominator = query_features @ key_features.sum(dim=-2).unsqueeze(-1)
+        denominator = denominator + den_added
+        if den_min is not None:
+            denominator = denominator.clamp_min(den_min)
+        return (numerator / denominator).to(v.dtype)
+
+
+def linear_attention_reference(
+    query_features: Tensor, key_features: Tensor, v: Tensor, den_added: float = 0.0, den_min: float | None = None
+) -> Tensor:
+    """The same as :func:`linear_attention` by way of the N x N matrix of weights."""
+    weights = query_features @ key_features.transpose(-2, -1)
+    denominator = weights.sum(dim=-1, keepdim=True) + den_added
+    if den_min is not None:
+        denominator = denominator.clamp_min(den_min)
+    return (weights / denominator @ v.to(weights.dtype)).to(v.dtype)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """ELU(x) + 1 in float32 (float64 for float64 input), written so that small values survive.
+
+    ``elu(x) + 1`` subtracts 1 and adds it again, which loses everything below the dtype's epsilon: exact zeros, and
+    gradients of millions, in bf16.
+    """
+    x = x.to(accumulation_dtype(x))
+    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Options of vanilla linear attention.
+
+    Attributes:
+        den_added: Added to the denominator.
+    """
+
+    den_added: float = 1e-6
+
+
+class LinearMixer(TokenMixer):
+    """Vanilla linear attention with the feature map ELU + 1. 2 N D d MACs, no parameters.
+
+    Paper: arXiv 2603.16063 (ViT-AdaLA), whose default instance it is; arXiv 2006.16236, eq. 7.
+    """
+
+    Options = LinearOptions
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        with autocast_off(v):
+            return linear_attention(elu_plus_one(q), elu_plus_one(k), v, den_added=self.options.den_added)
+
+
+def elu_attention_reference(q: Tensor, k: Tensor, v: Tensor, den_added: float = 1e-6) -> Tensor:
+    """Vanilla linear attention with its N x N matrix written out, (B, H, N, d) in and out."""
+    return linear_attention_reference(elu_plus_one(q), elu_plus_one(k), v, den_added=den_added)

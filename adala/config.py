@@ -1,0 +1,272 @@
+"""A YAML recipe plus dotted overrides, as frozen dataclasses. Every error names the key.
+
+    recipe = load_recipe("dinov2_large", ["--stage1.lr", "1e-3"])
+
+The string below each field is its documentation and what ``--help`` prints; units stand in it.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "tiny"
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The pretrained softmax ViT that is adapted."""
+
+    name: str = "vit_tiny_patch16_224"
+    """timm model name; any plain ViT (DINOv2, CLIP, SigLIP, ImageNet)."""
+    pretrained: bool = False
+    """Whether timm fetches the pretrained weights of that name."""
+    checkpoint: str | None = None
+    """Local weights (.safetensors or .pth) under timm's keys; ``embedded`` is the teacher in the package."""
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of timm's constructor (embed_dim, depth, patch_size, ...)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Shards and preprocessing that the stages share."""
+
+    train: list[str] = dataclasses.field(default_factory=lambda: ["embedded:train"])
+    """Training shards: brace patterns, globs, paths or URLs beside an index.json; ``embedded:train`` is built in."""
+    val: list[str] = dataclasses.field(default_factory=lambda: ["embedded:val"])
+    """Held-out shards."""
+    image_size: list[int] = dataclasses.field(default_factory=lambda: [28, 28])
+    """Height and width in pixels that the model sees; the patch size must divide both."""
+    mean: list[float] | None = None
+    """Per-channel mean in [0, 1]; null takes the teacher's."""
+    std: list[float] | None = None
+    """Per-channel standard deviation in [0, 1]; null takes the teacher's."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    shuffle_buffer: int = 1000
+    """Samples in each worker's shuffle buffer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """What the three stages have in common."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch_size: int = 64
+    """Samples per optimizer step over all ranks; independent of how many ranks there are."""
+    micro_batch_size: int | None = None
+    """Samples per rank and forward pass; null is the global batch divided by the ranks. The rest is accumulated."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    min_lr: float = 0.0
+    """Learning rate at the last step of the cosine."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape of the rate after warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases, norms and embeddings have none."""
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 is no clipping."""
+    train_data: list[str] | None = None
+    """Training shards of this stage; null takes data.train."""
+    augmentation: Literal["none", "crop", "shift", "strong"] = "crop"
+    """Training augmentation."""
+    start_from: str = "auto"
+    """``auto`` (the newest earlier stage's student in this run, else the linearized teacher), ``linearized``, or a
+    folder with an exported student."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    evaluate_every: int = 0
+    """Steps between evaluations on data.val; 0 evaluates at the start and the end only."""
+    max_skipped_steps: int = 5
+    """Consecutive steps the optimizer may skip for overflow before the run stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionAlignmentConfig(StageConfig):
+    """Stage 1: each block's attention against its frozen softmax counterpart."""
+
+    loss: Literal["mse", "normalized_mse", "head_output_mse_1000", "attention_map_cross_entropy"] = "normalized_mse"
+    """``mse`` after the output projection as in the paper; ``normalized_mse`` is that over the target's variance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureAlignmentConfig(StageConfig):
+    """Stage 2: the whole student's final features against the frozen teacher's."""
+
+    loss: Literal["mse", "normalized_mse"] = "normalized_mse"
+    """``mse`` as in the paper; ``normalized_mse`` is that over the target's variance."""
+    trainable: Literal["all", "qkv"] = "all"
+    """``qkv`` tunes the attention's Q, K, V only (the paper's ablation)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuningConfig(StageConfig):
+    """Stage 3: a classification head on the student, supervised."""
+
+    num_classes: int = 10
+    """Classes in the labels."""
+    pooling: Literal["cls", "patch", "cls_patch"] = "cls_patch"
+    """What the head sees: the class token, the mean patch token, or both side by side."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    freeze_backbone: bool = False
+    """Train a linear head on frozen features."""
+    head_lr: float | None = None
+    """Peak rate of the head; null takes lr."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How models are scored; the same for teacher and students."""
+
+    batch_size: int = 250
+    """Samples per rank and forward pass."""
+    probe_train: list[str] | None = None
+    """Labelled shards that the linear probe is fitted on; null takes data.train."""
+    probe_samples: int = 4000
+    """How many of them (the first ones, in shard order)."""
+    probe_l2: float = 1e-3
+    """L2 penalty of the linear probe on standardised features, per sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One adaptation of one teacher by one mechanism."""
+
+    run_name: str = "tiny"
+    """The run's folder under runs_dir."""
+    runs_dir: str = "runs"
+    """Where runs lie."""
+    seed: int = 0
+    """Seed of initialisation, sample order and augmentation."""
+    mechanism: str = "linear"
+    """Attention mechanism of the student."""
+    mechanism_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the mechanism by field name."""
+    keep: list[int] = dataclasses.field(default_factory=list)
+    """Blocks that keep their softmax attention (a hybrid), counted from 0."""
+    conversion: Literal["adala", "native"] = "adala"
+    """ViT-AdaLA's stages, or the conversion that the mechanism's own authors use."""
+    ds_config: str = "zero1"
+    """DeepSpeed configuration (ZeRO and precision only): a name in ds_configs/ or a path."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside the JSONL metrics."""
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    """The pretrained model."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Shards and preprocessing."""
+    stage1: AttentionAlignmentConfig = dataclasses.field(default_factory=AttentionAlignmentConfig)
+    """Attention alignment."""
+    stage2: FeatureAlignmentConfig = dataclasses.field(default_factory=FeatureAlignmentConfig)
+    """Feature alignment."""
+    stage3: FinetuningConfig = dataclasses.field(default_factory=FinetuningConfig)
+    """Supervised fine-tuning."""
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    """Scoring."""
+
+    def stage(self, number: int) -> StageConfig:
+        """The configuration of stage 1, 2 or 3."""
+        return (self.stage1, self.stage2, self.stage3)[number - 1]
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a name in ``adala/recipes`` or a path to a YAML file.
+
+    Raises:
+        ValueError: There is no such recipe; the message lists those there are.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPE_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml")))
+        raise ValueError(f"--recipe {name}: there is no such recipe; known are {known}, or give a .yaml path")
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What one command line asks for.
+
+    Attributes:
+        recipe: The recipe with its overrides applied.
+        stages: Numbers of the stages to run, in order.
+        overwrite: Whether a finished stage may be run again.
+    """
+
+    recipe: Recipe
+    stages: tuple[int, ...]
+    overwrite: bool
+
+
+def build_parser() -> ArgumentParser:
+    """The training command's parser: a recipe's fields as dotted options (``--stage1.lr``) and what goes beside them."""
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Adapts a pretrained softmax ViT to linear attention in three stages (ViT-AdaLA).",
+    )
+    parser.add_argument("--stage", choices=["1", "2", "3", "all"], default="all", help="which stage to run")
+    parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="name in adala/recipes, or a .yaml path")
+    parser.add_argument("--overwrite", action="store_true", help="run a finished stage again, replacing its results")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the DeepSpeed launcher; read from RANK anyway")
+    parser.add_class_arguments(Recipe, nested_key=None)
+    return parser
+
+
+def parse_command(arguments: Sequence[str]) -> Command:
+    """Reads a command line: the recipe it names, then its dotted overrides.
+
+    Raises:
+        ValueError: Unknown recipe, unknown key, or a value of the wrong type; the message names the key.
+    """
+    parser = build_parser()
+    path = recipe_path(_recipe_argument(arguments))
+    try:
+        defaults = parser.parse_object(yaml.safe_load(path.read_text()) or {})
+    except (ArgumentError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {path}: {_one_sentence(error)}") from error
+    try:
+        parsed = parser.parse_args(list(arguments), namespace=defaults)
+    except ArgumentError as error:
+        raise ValueError(f"command line: {_one_sentence(error)}") from error
+    built = parser.instantiate(parsed)
+    recipe = Recipe(**{field.name: getattr(built, field.name) for field in dataclasses.fields(Recipe)})
+    stages = (1, 2, 3) if parsed.stage == "all" else (int(parsed.stage),)
+    return Command(recipe, stages, parsed.overwrite)
+
+
+def load_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or path with dotted overrides such as ``["--stage1.lr", "1e-3"]``.
+
+    Raises:
+        ValueError: As :func:`parse_command`.
+    """
+    return parse_command(["--recipe", name, *overrides]).recipe
+
+
+def _recipe_argument(arguments: Sequence[str]) -> str:
+    """The value of ``--recipe``, needed before the rest can be parsed: it supplies their defaults."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", default=DEFAULT_RECIPE)
+    return early.parse_known_args(list(arguments))[0].recipe
+
+
+def _one_sentence(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe with every field written out, as YAML that ``--recipe`` reads."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)

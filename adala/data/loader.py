@@ -1,0 +1,329 @@
+"""Batches for training and evaluation, read by worker processes in an order that is ours (see ``order``)."""
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from adala.data.index import ShardIndex
+from adala.data.order import (
+    StreamPhase,
+    StreamState,
+    WorkerRange,
+    advance,
+    cut_range,
+    evaluation_batches,
+    evaluation_range,
+    open_phase,
+    permuted_shards,
+    remaining_positions,
+    shards_in_order,
+    usable_samples,
+)
+from adala.data.samples import (
+    BadSamples,
+    DecodeError,
+    RawSample,
+    Sample,
+    decode,
+    fill_slots,
+    read_positions,
+    reorder,
+)
+from adala.data.transforms import ImageTransform, seeded
+
+Batch = dict[str, Any]
+# Travels from a worker to the loader with a batch, and is taken out there.
+BAD_FIELD = "bad_samples"
+
+
+def collate(samples: list[Sample], images: list[torch.Tensor], epoch: int) -> Batch:
+    """``image`` (B, 3, H, W), ``label`` (B,) int64 if every sample has one, ``id`` and ``epoch``."""
+    batch: Batch = {"image": torch.stack(images), "id": [sample.id for sample in samples], "epoch": epoch}
+    if all(sample.label is not None for sample in samples):
+        batch["label"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+    return batch
+
+
+def start_worker(worker: int) -> None:
+    """Sets up a data worker: one thread, and deaf to the signals that end a job.
+
+    Schedulers and terminals signal the whole process group; the trainer still wants batches until it has reached a
+    step after which it can save.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def worker_place() -> tuple[int, int]:
+    """This process' number among the data workers and how many there are; (0, 1) in the training process."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+@dataclass(frozen=True)
+class TrainStream(IterableDataset):
+    """What one data worker reads: its micro-batches of the epoch under way, then of all epochs to come.
+
+    One stream for all epochs, so that workers start once and read ahead over the end of an epoch.
+    """
+
+    index: ShardIndex
+    transform: ImageTransform
+    state: StreamState
+    rank: int
+    usable: int
+    seed: int
+    require_label: bool
+    max_bad_fraction: float
+
+    def __iter__(self) -> Iterator[Batch]:
+        process, num_streams = worker_place()
+        state = self.state
+        # torch asks process 0 first and then in turn. The stream may begin within an epoch and an epoch's number of
+        # micro-batches need not divide by the workers, so the process that gives number 0 changes with the epoch.
+        first_process = -state.phases[-1].micro_batches % num_streams
+        while True:
+            phase = state.phases[-1]
+            remaining = remaining_positions(self.usable, state.phases[:-1], self.seed, state.epoch)
+            worker = (process - first_process) % num_streams
+            part = cut_range(remaining, phase, self.rank, worker, self.seed, state.epoch)
+            yield from self._micro_batches(part, phase.micro_batch_size, state.epoch)
+            micro_batches = len(remaining) // (phase.world_size * phase.micro_batch_size)
+            first_process = (first_process + micro_batches) % num_streams
+            fresh = StreamPhase(phase.world_size, phase.num_workers, phase.micro_batch_size, 0, phase.shuffle_buffer)
+            state = StreamState(state.epoch + 1, (fresh,))
+
+    def _micro_batches(self, part: WorkerRange, micro_batch_size: int, epoch: int) -> Iterator[Batch]:
+        bad = BadSamples(len(part.positions), self.max_bad_fraction)
+        samples = fill_slots(
+            self._raw_samples(part, part.consumed, epoch),
+            lambda: self._raw_samples(part, 0, epoch),
+            bad,
+            self.require_label,
+        )
+        batch: list[Sample] = []
+        for sample in samples:
+            batch.append(sample)
+            if len(batch) == micro_batch_size:
+                images = [seeded(self.transform, each.image, self.seed, epoch, each.id) for each in batch]
+                yield {**collate(batch, images, epoch), BAD_FIELD: bad.take()}
+                batch = []
+        assert not batch, "a worker's range holds whole micro-batches"
+
+    def _raw_samples(self, part: WorkerRange, skipped: int, epoch: int) -> Iterator[RawSample]:
+        """The samples of a range in order of emission, from number ``skipped`` on; those before are not kept."""
+        sequence = permuted_shards([shard.samples for shard in self.index.shards], self.seed, epoch)
+        part = replace(part, consumed=skipped)
+        arriving = np.flatnonzero(~part.consumed_mask())
+        samples = read_positions(self.index, sequence, np.asarray(part.positions)[arriving])
+        return reorder(samples, arriving, islice(part.emission(), skipped, None))
+
+
+class TrainLoader:
+    """Micro-batches of one rank, epoch after epoch, that can stop anywhere and go on there.
+
+    The sequence is a pure function of (seed, epoch, ranks, workers), an epoch's set of samples of seed and epoch alone.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        transform: ImageTransform,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+        require_label: bool = False,
+        pin_memory: bool = False,
+        state: StreamState = StreamState(),  # noqa: B008 (immutable)
+        max_bad_fraction: float = 0.01,
+    ):
+        """Plans the stream; workers start when it is iterated.
+
+        Args:
+            index: The shards.
+            transform: From a PIL RGB image to a tensor (3, H, W); its random numbers are seeded for each sample.
+            global_batch_size: Samples of one optimizer step, on all ranks together.
+            micro_batch_size: Samples of one forward pass on one rank.
+            seed: Of the order and the augmentation.
+            rank: Of this process.
+            world_size: Number of ranks.
+            num_workers: Data workers of this rank; 0 reads in this process.
+            shuffle_buffer: Samples among which each worker shuffles, undecoded; 0 and 1 do not shuffle.
+            require_label: Whether a sample without a label is an error.
+            pin_memory: Whether batches lie in pinned memory.
+            state: Where to begin, from another loader's :attr:`state` over the same index, seed and global batch.
+            max_bad_fraction: Part of a worker's range that may be undecodable, but at least 10 samples may.
+
+        Raises:
+            ValueError: Fewer samples than one global batch, a global batch that does not divide into micro-batches, or
+                a state that this loader cannot continue.
+        """
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ValueError(
+                f"a global batch of {global_batch_size} does not divide into micro-batches of {micro_batch_size} on "
+                f"{world_size} ranks: choose a multiple of {micro_batch_size * world_size}"
+            )
+        if index.num_samples < global_batch_size:
+            raise ValueError(
+                f"the shards hold {index.num_samples} samples, fewer than one global batch of {global_batch_size}: "
+                "add shards or lower global_batch_size"
+            )
+        self.index = index
+        self.global_batch_size = global_batch_size
+        self.gradient_accumulation_steps = global_batch_size // (micro_batch_size * world_size)
+        self.bad_samples: dict[str, int] = {}
+        self._transform = transform
+        self._seed = seed
+        self._rank = rank
+        self._num_workers = num_workers
+        self._require_label = require_label
+        self._pin_memory = pin_memory
+        self._max_bad_fraction = max_bad_fraction
+        self._usable = usable_samples(index.num_samples, global_batch_size)
+        self._phase = StreamPhase(world_size, num_workers, micro_batch_size, 0, shuffle_buffer)
+        self._state = self._opened(state)
+
+    def _opened(self, state: StreamState) -> StreamState:
+        return open_phase(state, self._phase, self._usable, self.global_batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return self._usable // self.global_batch_size
+
+    @property
+    def dropped_samples(self) -> int:
+        """Samples of an epoch that do not fill a global batch; other ones in each epoch."""
+        return self.index.num_samples - self._usable
+
+    @property
+    def state(self) -> StreamState:
+        """What was handed out so far, however far the workers have read ahead."""
+        return replace(self._state, phases=tuple(phase for phase in self._state.phases if phase.micro_batches))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields micro-batches without end, from where :attr:`state` stands.
+
+        Each is a dict: ``image`` (B, 3, H, W) float32, ``label`` (B,) int64 if every sample has one, ``id`` a list of
+        ``<shard file name>/<key>``, ``epoch`` an int.
+
+        Raises:
+            ValueError: A required label is missing, or a shard holds fewer samples than its index says.
+            RuntimeError: Too many bad samples.
+        """
+        stream = TrainStream(
+            index=self.index,
+            transform=self._transform,
+            state=self._state,
+            rank=self._rank,
+            usable=self._usable,
+            seed=self._seed,
+            require_label=self._require_label,
+            max_bad_fraction=self._max_bad_fraction,
+        )
+        for batch in build_loader(stream, self._num_workers, self._pin_memory):
+            assert batch["epoch"] == self._state.epoch, "workers and loader count the same micro-batches"
+            self.bad_samples = dict(Counter(self.bad_samples) + Counter(batch.pop(BAD_FIELD)))
+            advanced = advance(self._state, self._usable)
+            self._state = advanced if advanced.phases else self._opened(advanced)
+            yield batch
+
+
+def build_loader(stream: IterableDataset, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """torch's loader over a stream of whole batches."""
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=start_worker,
+        # It would otherwise draw its base seed from the global generator, and move the trainer's random numbers.
+        generator=torch.Generator(),
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationStream(IterableDataset):
+    """What one data worker reads of a rank's evaluation samples."""
+
+    index: ShardIndex
+    transform: ImageTransform
+    positions: range
+    batch_size: int
+    require_label: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, num_streams = worker_place()
+        sequence = shards_in_order([shard.samples for shard in self.index.shards])
+        batches = evaluation_batches(self.positions, self.batch_size, num_streams, worker)
+        if not batches:
+            return
+        samples = read_positions(self.index, sequence, range(batches[0].start, batches[-1].stop))
+        for batch in batches:
+            decoded = [self._decode(raw) for raw in islice(samples, len(batch))]
+            yield collate(decoded, [self.transform(sample.image) for sample in decoded], epoch=0)
+
+    def _decode(self, raw: RawSample) -> Sample:
+        try:
+            return decode(raw, self.require_label)
+        except DecodeError as error:
+            raise ValueError(
+                f"the evaluation sample {raw.id} in {raw.shard.url} is bad, and evaluation leaves none out: {error}"
+            ) from error
+
+
+class EvaluationLoader:
+    """One rank's part of an evaluation set: over all ranks each sample exactly once, without padding."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        transform: ImageTransform,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        require_label: bool = False,
+    ):
+        """Cuts the set.
+
+        Args:
+            index: The shards, read in this order.
+            transform: From a PIL RGB image to a tensor (3, H, W).
+            batch_size: Samples of a batch; a rank's last one in reading order may be smaller.
+            rank: Of this process.
+            world_size: Number of ranks, whose parts differ by at most one sample.
+            num_workers: Data workers of this rank; 0 reads in this process.
+            require_label: Whether a sample without a label is an error.
+        """
+        positions = evaluation_range(index.num_samples, rank, world_size)
+        self._num_batches = -(-len(positions) // batch_size)
+        self._num_workers = min(num_workers, self._num_batches)
+        self._stream = EvaluationStream(index, transform, positions, batch_size, require_label)
+
+    def __len__(self) -> int:
+        """Batches of this rank; ranks may differ by one."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the part once, in dicts as those of :class:`TrainLoader`.
+
+        Raises:
+            ValueError: A sample cannot be decoded or lacks a required label, or a shard holds fewer samples than its
+                index says.
+        """
+        return iter(build_loader(self._stream, self._num_workers))

@@ -1,0 +1,248 @@
+"""From shards to samples: reading tar files in sequence, decoding, and filling the slots of bad samples."""
+
+import http.client
+import io
+import logging
+import tarfile
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+from webdataset.gopen import gopen
+
+from adala.data.index import HTTP_TIMEOUT_S, Shard, ShardIndex, group_samples, index_command, is_remote
+from adala.data.order import ShardSequence
+
+# Exact extensions: `0001.seg.png` is the segmentation map of `0001.jpg`, and arrives under the name `seg.png`.
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+LABEL_FIELD = "cls"
+# Openings of a remote shard without one new sample between them before reading gives up.
+REMOTE_ATTEMPTS = 3
+# A worker's range may always hold so many bad samples, however short it is.
+MIN_BAD_SAMPLES = 10
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeError(ValueError):
+    """A sample whose image or label cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded sample.
+
+    Attributes:
+        id: ``<shard file name>/<key>``.
+        image: RGB.
+        label: Class, None where the shard has none.
+    """
+
+    id: str
+    image: Image.Image
+    label: int | None
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as it lies in its shard: ``fields`` are the contents of its files by extension."""
+
+    shard: Shard
+    key: str
+    fields: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.shard.name}/{self.key}"
+
+
+def decode(raw: RawSample, require_label: bool = False) -> Sample:
+    """Decodes the image to RGB, and the label where there is one.
+
+    Raises:
+        DecodeError: No image, a damaged one, or a label that is not an integer.
+        ValueError: ``require_label`` and the sample has no label.
+    """
+    if require_label and LABEL_FIELD not in raw.fields:
+        raise ValueError(
+            f"the sample {raw.id} has no label: this task needs a `.{LABEL_FIELD}` file with an integer in each sample"
+        )
+    field = next((name for name in IMAGE_FIELDS if name in raw.fields), None)
+    if field is None:
+        raise DecodeError(f"no image: it has the files {', '.join(sorted(raw.fields))}, and none of {IMAGE_FIELDS}")
+    try:
+        label = int(raw.fields[LABEL_FIELD]) if LABEL_FIELD in raw.fields else None
+    except ValueError as error:
+        raise DecodeError(f"its label is not an integer: {error}") from error
+    try:
+        image = Image.open(io.BytesIO(raw.fields[field]))
+        image.load()
+        image = image if image.mode == "RGB" else image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes bring nearly any exception out of image codecs
+        raise DecodeError(f"its {field} cannot be decoded: {error!r}") from error
+    return Sample(raw.id, image, label)
+
+
+def open_shard(url: str) -> BinaryIO:
+    """A stream of the bytes of a shard: a path or URL of any kind that WebDataset opens."""
+    if url.startswith(("http://", "https://")):
+        # WebDataset would start curl, which waits for ever on a stalled connection.
+        return urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S)
+    return gopen(url)
+
+
+def read_shard(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
+    """The samples at ascending ``ordinals`` of a shard, read in sequence; closes it after the last.
+
+    A remote shard whose stream breaks is opened again and skipped to where it was.
+
+    Raises:
+        ValueError: The shard ends before the ordinals do, or is damaged.
+        OSError: The shard cannot be read.
+    """
+    done = 0
+    attempts = REMOTE_ATTEMPTS if is_remote(shard.url) else 1
+    left = attempts
+    while done < len(ordinals):
+        left -= 1
+        try:
+            for raw in _read_once(shard, ordinals[done:]):
+                yield raw
+                done += 1
+                left = attempts
+        except (OSError, tarfile.TarError, EOFError, http.client.HTTPException) as error:
+            if left == 0:
+                raise _unreadable(shard, int(ordinals[done]), error) from error
+            logger.warning("reading %s broke before sample %d (%r): opening it again", shard.url, ordinals[done], error)
+
+
+def _read_once(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
+    """:func:`read_shard` without a second opening.
+
+    Raises:
+        EOFError: The shard ends early.
+    """
+    taken = 0
+    with open_shard(shard.url) as stream:
+        for ordinal, sample in enumerate(group_samples(stream, shard.url)):
+            if ordinal != ordinals[taken]:
+                continue
+            fields = {name: content for name, content in sample.items() if not name.startswith("__")}
+            yield RawSample(shard, sample["__key__"], fields)
+            taken += 1
+            if taken == len(ordinals):
+                return
+    raise EOFError("it ends there")
+
+
+def _unreadable(shard: Shard, ordinal: int, error: Exception) -> Exception:
+    if isinstance(error, OSError) and not isinstance(error, tarfile.TarError):
+        return OSError(f"cannot read the shard {shard.url}: {error}")
+    folder = shard.url.rpartition("/")[0] if is_remote(shard.url) else Path(shard.url).parent
+    return ValueError(
+        f"the shard {shard.url} gave {ordinal} samples where its index lists {shard.samples} ({error}): fetch it "
+        f"again, or write the index anew with `{index_command(folder)}`"
+    )
+
+
+def read_positions(index: ShardIndex, sequence: ShardSequence, positions: Sequence[int]) -> Iterator[RawSample]:
+    """The samples at ascending ``positions`` of a sequence, each shard opened once."""
+    for shard, part, first in sequence.spans(positions):
+        yield from read_shard(index.shards[shard], [int(position) - first for position in part])
+
+
+def reorder(samples: Iterable[RawSample], arriving: Iterable[int], leaving: Iterable[int]) -> Iterator[RawSample]:
+    """Emits samples in the order ``leaving`` of the numbers under which they arrive, reading no further than needed.
+
+    Holds as many samples as the two orders are apart, which for a shuffle buffer is its size.
+    """
+    held: dict[int, RawSample] = {}
+    arrivals = zip(arriving, samples, strict=True)
+    for number in leaving:
+        while number not in held:
+            place, sample = next(arrivals)
+            held[place] = sample
+        yield held.pop(number)
+
+
+class BadSamples:
+    """Counts bad samples of one worker's range by shard, and stops the run when there are too many."""
+
+    def __init__(self, range_length: int, max_fraction: float):
+        self.limit = max(MIN_BAD_SAMPLES, int(max_fraction * range_length))
+        self._seen: set[str] = set()
+        self._fresh: Counter[str] = Counter()
+
+    def add(self, raw: RawSample, error: DecodeError) -> None:
+        """Notes a bad sample; one that comes again in the same range counts once.
+
+        Raises:
+            RuntimeError: There are now more than the limit.
+        """
+        if raw.id in self._seen:
+            return
+        self._seen.add(raw.id)
+        self._fresh[raw.shard.name] += 1
+        logger.warning("skipping the sample %s: %s", raw.id, error)
+        if len(self._seen) > self.limit:
+            raise RuntimeError(
+                f"more than {self.limit} samples of one data worker's range are bad, the last in {raw.shard.url} "
+                f"({raw.id}: {error}): repair the shards, or raise max_bad_fraction"
+            )
+
+    def take(self) -> dict[str, int]:
+        """Counts by shard name since the last call."""
+        fresh, self._fresh = self._fresh, Counter()
+        return dict(fresh)
+
+
+def fill_slots(
+    slots: Iterable[RawSample],
+    from_the_start: Callable[[], Iterable[RawSample]],
+    bad: BadSamples,
+    require_label: bool = False,
+) -> Iterator[Sample]:
+    """Decodes one sample for each slot; the next good one of the range takes the slot of a bad one beside its own.
+
+    What a slot holds depends on the slots behind it alone, never on those before, so that a stream resumed at any slot
+    goes on as it would have gone on. Behind the last slot the range's beginning follows.
+
+    Args:
+        slots: The samples in order of emission.
+        from_the_start: Gives the samples of the whole range in order of emission.
+        bad: Counts the bad ones.
+        require_label: See :func:`decode`.
+
+    Raises:
+        RuntimeError: Too many bad samples, or no good one in the range.
+        ValueError: A required label is missing.
+    """
+    waiting = 0
+    for raw in slots:
+        try:
+            sample = decode(raw, require_label)
+        except DecodeError as error:
+            bad.add(raw, error)
+            waiting += 1
+            continue
+        for _ in range(waiting + 1):
+            yield sample
+        waiting = 0
+    if not waiting:
+        return
+    for raw in from_the_start():
+        try:
+            sample = decode(raw, require_label)
+        except DecodeError as error:
+            bad.add(raw, error)
+            continue
+        for _ in range(waiting):
+            yield sample
+        return
+    raise RuntimeError("every sample of one data worker's range is bad: repair the shards")

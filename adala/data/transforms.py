@@ -1,0 +1,140 @@
+"""From PIL images to normalised tensors, with augmentation that depends on the sample and the epoch alone.
+
+Shapes: H, W height and width of the model's input, in pixels.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+ImageTransform = Callable[[Image.Image], Tensor]
+
+SHIFT_PIXELS = 2
+
+
+class ResizeToCover(nn.Module):
+    """Resizes an image, aspect ratio kept, to the smallest size that covers (height, width) pixels.
+
+    An image that has such a size already passes unchanged, bit for bit.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        target_height, target_width = self.size
+        # Integers throughout: a product of floats may miss the target by one pixel.
+        if target_height * width >= target_width * height:
+            size = [target_height, target_height * width // height]
+        else:
+            size = [target_width * height // width, target_width]
+        if size == [height, width]:
+            return image
+        return F.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
+
+
+def build_eval_transform(
+    image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, crop_fraction: float = 1.0
+) -> ImageTransform:
+    """Resize and centre crop, normalised.
+
+    Args:
+        image_size: H and W in pixels.
+        mean: Per channel, of values in 0 .. 1.
+        std: Per channel, of values in 0 .. 1.
+        crop_fraction: Side of the crop over the side of the resized image, timm's ``crop_pct``.
+
+    Returns:
+        A map from a PIL RGB image to float32 (3, H, W).
+
+    Raises:
+        ValueError: ``crop_fraction`` is not in (0, 1].
+    """
+    if not 0 < crop_fraction <= 1:
+        raise ValueError(
+            f"crop_fraction is the part of the image that is kept, above 0 and up to 1, not {crop_fraction}"
+        )
+    covered = (int(image_size[0] / crop_fraction), int(image_size[1] / crop_fraction))
+    return v2.Compose([v2.ToImage(), ResizeToCover(covered), v2.CenterCrop(image_size), *_normalise(mean, std)])
+
+
+def build_train_transform(
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    augmentation: str,
+    crop_scale: tuple[float, float] = (0.35, 1.0),
+) -> ImageTransform:
+    """An augmentation by name, normalised.
+
+    ``none``: resize and centre crop. ``crop``: a random crop resized, and a horizontal flip. ``shift``: up to two
+    pixels to each side and a flip, for tiny images. ``strong``: ``crop`` with jittered colours and some images grey.
+
+    Args:
+        image_size: H and W in pixels.
+        mean: Per channel, of values in 0 .. 1.
+        std: Per channel, of values in 0 .. 1.
+        augmentation: One of the names above.
+        crop_scale: Smallest and largest part of the image's area that a random crop covers.
+
+    Returns:
+        A map from a PIL RGB image to float32 (3, H, W) that draws from torch's global generator; see :func:`seeded`.
+
+    Raises:
+        ValueError: Unknown augmentation.
+    """
+    covering = [ResizeToCover(image_size), v2.CenterCrop(image_size)]
+    cropping = [
+        v2.RandomResizedCrop(image_size, scale=crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomHorizontalFlip(),
+    ]
+    augmentations = {
+        "none": covering,
+        "crop": cropping,
+        "shift": [*covering, v2.RandomCrop(image_size, padding=SHIFT_PIXELS), v2.RandomHorizontalFlip()],
+        "strong": [
+            *cropping,
+            v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+        ],
+    }
+    if augmentation not in augmentations:
+        raise ValueError(f"unknown augmentation {augmentation!r}: known are {', '.join(augmentations)}")
+    return v2.Compose([v2.ToImage(), *augmentations[augmentation], *_normalise(mean, std)])
+
+
+def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:
+    # Repacked while it is still bytes: PIL's pixels lie channels last, and stacking such floats takes 10 times as long.
+    # The plain tensor at the end: a tv_tensor would carry its subclass through every operation of the model.
+    return [
+        v2.Lambda(Tensor.contiguous),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(mean), list(std)),
+        v2.ToPureTensor(),
+    ]
+
+
+def seeded(transform: ImageTransform, image: Image.Image, seed: int, epoch: int, sample_id: str) -> Tensor:
+    """``transform(image)`` with torch's random numbers a function of (seed, epoch, sample id).
+
+    The CPU generator's state is put back afterwards, so that nobody else's numbers depend on the data.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}".encode(), digest_size=8).digest()
+    generator = torch.default_generator  # `torch.manual_seed` would seed the accelerators too, once for each sample
+    state = generator.get_state()
+    generator.manual_seed(int.from_bytes(digest, "little"))
+    try:
+        return transform(image)
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,113 @@
+"""Ranks, devices and the few collectives that the project needs; one process without a launcher is a world of one."""
+
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+
+def init_distributed(timeout_minutes: float = 30.0) -> None:
+    """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    NCCL where there are GPUs, gloo on CPUs, where each local rank also gets its share of the cores as threads: two
+    ranks that each start a thread per core slow each other down several times. OMP_NUM_THREADS overrides that.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _available_cores() // local_world_size()))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def close_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Ranks on this node: the DeepSpeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of ``tensor`` over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` holds on at least one rank; every rank gets the same answer."""
+    value = torch.tensor([float(flag)], device=device())
+    return bool(all_reduce_sum(value).item() > 0)
+
+
+def gather_objects(value: object) -> list:
+    """``value`` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's ``value`` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raises on every rank when at least one has an ``error``, so that none waits for a rank that is gone.
+
+    Raises:
+        Exception: This rank's own error where it has one, else a ValueError that repeats the first other rank's.
+    """
+    messages = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    first = next((message for message in messages if message is not None), None)
+    if first is not None:
+        raise ValueError(first)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,87 @@
+"""Losses on values: they know tensors, not models or recipes. All are computed in float32 (float64 for float64 input).
+
+Shapes: B batch, H heads, N tokens, d head dim, M features.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adala.attention import accumulation_dtype
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over all elements, a scalar.
+
+    Paper: arXiv 2603.16063, Stages 1 and 2.
+    """
+    dtype = accumulation_dtype(prediction)
+    return F.mse_loss(prediction.to(dtype), target.to(dtype))
+
+
+def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error divided by the target's variance over all elements, a scalar: 1 is what a constant scores.
+
+    Differs: the paper's loss is not normalised; here blocks and models whose activations differ by orders of magnitude
+    (DINOv2's outlier channels) weigh alike and one learning rate serves them. A target without variance is divided by
+    the smallest normal number instead of zero, so that an exact prediction still scores 0.
+    """
+    dtype = accumulation_dtype(prediction)
+    variance = target.to(dtype).var(correction=0)
+    return mse(prediction, target) / variance.clamp_min(torch.finfo(dtype).tiny)
+
+
+ALIGNMENT_LOSSES: dict[str, Loss] = {"mse": mse, "normalized_mse": normalized_mse}
+
+
+def attention_map_cross_entropy(
+    query_features: Tensor, key_features: Tensor, teacher_q: Tensor, teacher_k: Tensor, clamp_min: float = 1e-12
+) -> Tensor:
+    """Cross-entropy of a linear attention's weights against the softmax map, mean over all B H N rows.
+
+    One layer's N x N maps are built here, and only here. Its minimum is the entropy of the softmax map.
+
+    Paper: arXiv 2402.04347 (Hedgehog), section 4.2.
+
+    Args:
+        query_features: phi(q), (B, H, N, M), non-negative.
+        key_features: phi(k), (B, H, N, M).
+        teacher_q: The softmax attention's queries, (B, H, N, d), unscaled.
+        teacher_k: Its keys, (B, H, N, d).
+        clamp_min: Lower clamp of the predicted weights before the logarithm.
+    """
+    dtype = accumulation_dtype(query_features)
+    scale = teacher_q.shape[-1] ** -0.5
+    target = (scale * teacher_q.to(dtype) @ teacher_k.to(dtype).transpose(-2, -1)).softmax(-1)
+    weights = query_features.to(dtype) @ key_features.to(dtype).transpose(-2, -1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return -(target * weights.clamp_min(clamp_min).log()).sum(-1).mean()
+
+
+def attention_map_kl(
+    query_features: Tensor, key_features: Tensor, teacher_q: Tensor, teacher_k: Tensor, clamp_min: float = 1e-12
+) -> Tensor:
+    """The cross-entropy above minus the softmax map's entropy: 0 where the maps agree."""
+    dtype = accumulation_dtype(teacher_q)
+    scores = teacher_q.shape[-1] ** -0.5 * teacher_q.to(dtype) @ teacher_k.to(dtype).transpose(-2, -1)
+    entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+    return attention_map_cross_entropy(query_features, key_features, teacher_q, teacher_k, clamp_min) - entropy
+
+
+@torch.no_grad()
+def mean_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """Cosine similarity of tokens (..., D), averaged over tokens; a scalar without gradient."""
+    dtype = accumulation_dtype(prediction)
+    return F.cosine_similarity(prediction.to(dtype), target.to(dtype), dim=-1).mean()
+
+
+@torch.no_grad()
+def relative_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """||prediction - target|| / ||target|| over all elements, a scalar without gradient."""
+    dtype = accumulation_dtype(prediction)
+    difference = prediction.to(dtype) - target.to(dtype)
+    return difference.norm() / target.to(dtype).norm().clamp_min(torch.finfo(dtype).tiny)

@@ -1,0 +1,75 @@
+"""Which parameters train, in which groups, at which rate."""
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+# Embeddings are matrices by shape, but decaying them pulls positions and class token towards nothing.
+NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token")
+
+
+def freeze_except(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Freezes all parameters of ``module`` but those whose name matches a pattern (fnmatch); returns the latter's names.
+
+    Raises:
+        ValueError: Nothing matches.
+    """
+    names = []
+    for name, parameter in module.named_parameters():
+        trains = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(trains)
+        if trains:
+            names.append(name)
+    if not names:
+        raise ValueError(f"no parameter matches {', '.join(patterns)}: nothing would train")
+    return names
+
+
+def build_optimizer(
+    module: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    lr_by_prefix: dict[str, float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, matrices decayed and the rest not.
+
+    Args:
+        module: Frozen parameters are left out.
+        lr: Peak rate.
+        weight_decay: Of matrices.
+        betas: Decay rates of the moments.
+        lr_by_prefix: Other peak rates for parameters whose name begins with the key.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rate = next((r for prefix, r in (lr_by_prefix or {}).items() if name.startswith(prefix)), lr)
+            decays = parameter.ndim > 1 and not name.endswith(NO_DECAY_NAMES)
+            groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "lr": rate, "peak_lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+        betas=tuple(betas),
+    )
+
+
+def rate_factor(
+    step: int, steps: int, warmup_steps: int, schedule: Literal["cosine", "constant"], floor: float = 0.0
+) -> float:
+    """The rate at ``step`` (counted from 0) as a share of its peak: linear warm-up, then cosine to ``floor`` or flat."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_rates(groups: Iterable[dict], factor: float) -> None:
+    """Sets each group's rate to ``factor`` times its peak."""
+    for group in groups:
+        group["lr"] = factor * group["peak_lr"]

@@ -1,0 +1,79 @@
+"""A run's report: one table, as text and JSON, and one picture of loss curves and scores."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from adala.progress import read_metrics
+from adala.runs import RunFolder
+
+STAGE_TITLES = {1: "Stage 1: attention alignment", 2: "Stage 2: feature alignment", 3: "Stage 3: fine-tuning"}
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One model's scores on the held-out split.
+
+    Attributes:
+        model: Which one.
+        top1: In percent; by a linear probe on frozen features, after Stage 3 by the fine-tuned head. None without
+            labels.
+        feature_cosine: Mean cosine of its final features to the teacher's, over all tokens.
+    """
+
+    model: str
+    top1: float | None
+    feature_cosine: float
+
+
+def write_report(path: Path, rows: list[ReportRow]) -> None:
+    """Writes ``{"rows": [{"model", "top1", "feature_cosine"}, ...]}``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def read_report(path: Path) -> list[ReportRow]:
+    return [ReportRow(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def print_report(rows: list[ReportRow], title: str) -> None:
+    """Prints the rows as one table."""
+    table = Table(title=title)
+    table.add_column("model")
+    table.add_column("top-1 (%)", justify="right")
+    table.add_column("feature cosine", justify="right")
+    for row in rows:
+        table.add_row(row.model, "-" if row.top1 is None else f"{row.top1:.2f}", f"{row.feature_cosine:.4f}")
+    Console(width=72).print(table)
+
+
+def draw_report(run: RunFolder, rows: list[ReportRow]) -> None:
+    """Draws each stage's loss over its steps, training and held-out, and the rows' scores where there are any."""
+    stages = [number for number in STAGE_TITLES if read_metrics(run.stage(number), "train")]
+    panels = len(stages) + (2 if rows else 0)
+    figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis, number in zip(axes, stages, strict=False):
+        for split, style in (("train", "-"), ("val", "o--")):
+            metrics = read_metrics(run.stage(number), split)
+            axis.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], style, label=split, markersize=4)
+        axis.set(title=STAGE_TITLES[number], xlabel="optimizer step", ylabel="loss")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    if rows:
+        names = [row.model for row in rows]
+        _draw_bars(axes[-2], names, [row.top1 or 0.0 for row in rows], "top-1 (%)", "{:.1f}")
+        _draw_bars(axes[-1], names, [row.feature_cosine for row in rows], "feature cosine to the teacher", "{:.3f}")
+    run.path.mkdir(parents=True, exist_ok=True)
+    figure.savefig(run.picture, dpi=110)
+
+
+def _draw_bars(axis, names: list[str], values: list[float], title: str, form: str) -> None:
+    bars = axis.barh(names[::-1], values[::-1], color="#4878a8")
+    axis.bar_label(bars, [form.format(value) for value in values[::-1]], padding=3)
+    axis.set(title=title, xlim=(min(0.0, *values), max(values) * 1.2))

@@ -1,0 +1,43 @@
+"""Stage 2: the whole student learns the frozen teacher's final features.
+
+Shapes: B batch, N tokens, D embed dim.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from adala.losses import ALIGNMENT_LOSSES
+from adala.stages.base import Stage
+
+
+class FeatureAlignment(Stage):
+    """Compares the outputs of the final norm over all tokens, prefix and patches.
+
+    Paper: arXiv 2603.16063, Stage 2: it undoes the error that the blocks' approximations accumulate.
+
+    Differs: see ``normalized_mse``.
+    """
+
+    def __init__(self, student: VisionTransformer, teacher: VisionTransformer, loss: str = "normalized_mse"):
+        """Builds the stage.
+
+        Raises:
+            ValueError: An unknown loss.
+        """
+        super().__init__(student, teacher)
+        if loss not in ALIGNMENT_LOSSES:
+            raise ValueError(f"unknown Stage 2 loss {loss!r}: known are {', '.join(ALIGNMENT_LOSSES)}")
+        self.feature_loss = ALIGNMENT_LOSSES[loss]
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``loss`` and the features' cosines and relative error."""
+        images = self.images(batch)
+        with torch.no_grad():
+            teacher_features = self.teacher(images)
+        student_features = self.student(images)
+        loss = self.feature_loss(student_features, teacher_features)
+        return {"loss": loss, **self.feature_metrics(student_features, teacher_features)}

@@ -1,0 +1,44 @@
+"""Cuts the embedded slice of Fashion-MNIST (MIT licence) out of the original IDX files.
+
+    python bench/embedded/build_data.py --source FOLDER
+
+FOLDER holds the four ``*-ubyte.gz`` files as published (Debian: package ``dataset-fashion-mnist``, folder
+``/usr/share/datasets/fashion-mnist``). The slice is the first 16,000 training and the first 4,000 test images, in the
+published order, which is already random with respect to the classes.
+"""
+
+import argparse
+import gzip
+import io
+import lzma
+from pathlib import Path
+
+import numpy as np
+
+from adala.data.embedded import SLICE_PATH
+
+SPLITS = {"train": ("train", 16_000), "val": ("t10k", 4_000)}
+
+
+def read_idx(path: Path, header_bytes: int) -> np.ndarray:
+    """The payload of a gzipped IDX file as flat bytes (header: 16 bytes for images, 8 for labels)."""
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder with the four published .gz files")
+    source = parser.parse_args().source
+    arrays = {}
+    for split, (stem, count) in SPLITS.items():
+        arrays[f"{split}_images"] = read_idx(source / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)[:count]
+        arrays[f"{split}_labels"] = read_idx(source / f"{stem}-labels-idx1-ubyte.gz", 8)[:count]
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    # xz over the whole archive: 374 bytes an image, where deflate (npz's own, or PNG's) needs 433.
+    SLICE_PATH.write_bytes(lzma.compress(buffer.getvalue(), preset=9))
+    print(f"{SLICE_PATH}: {SLICE_PATH.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Adapts a pretrained softmax ViT to linear attention.
+
+    deepspeed launchers/train.py --stage 2
+    deepspeed launchers/train.py --stage all --recipe dinov2_large --stage1.lr 5e-4
+"""
+
+import sys
+
+from adala.config import parse_command
+from adala.distributed import close_distributed, init_distributed, report_error
+from adala.pipeline import run_stages
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        command = parse_command(arguments)
+        init_distributed()
+        run_stages(command.recipe, command.stages, command.overwrite)
+    except (ValueError, RuntimeError, OSError) as error:
+        report_error(error)
+        return 1
+    close_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
