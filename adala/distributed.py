@@ -3,6 +3,8 @@
 import datetime
 import os
 import socket
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -101,6 +103,20 @@ def raise_together(error: Exception | None) -> None:
     first = next((message for message in messages if message is not None), None)
     if first is not None:
         raise ValueError(first)
+
+
+def report_error(error: Exception) -> None:
+    """Prints a user's error as one sentence, once: rank 0 at once, another rank only if it outlives the launcher's poll.
+
+    An error of all ranks is printed by rank 0, whose exit makes the launcher end the others; an error of one rank only
+    is printed by that rank a moment later.
+    """
+    if rank() != 0:
+        time.sleep(5)
+    # A data worker's exception arrives with its traceback as text around it.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[-1].removeprefix(f"{type(error).__name__}: ") if str(error).startswith("Caught ") else " ".join(lines)
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _available_cores() -> int:

@@ -1,6 +1,5 @@
 """From a recipe to a run: builds what a stage needs, trains it, exports its student, and scores the whole run."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -208,7 +207,7 @@ def starting_student(recipe: Recipe, number: int, teacher: VisionTransformer) ->
             return unaligned, "the linearized teacher" + (f" (no stage {number - 1} in this run)" if number > 1 else "")
         folder = run.stage(earlier[0])
     elif start_from == "linearized":
-        return unaligned, "the linearized teacher, as stage{number}.start_from says".format(number=number)
+        return unaligned, f"the linearized teacher, as stage{number}.start_from says"
     else:
         folder = Path(start_from)
     found, wanted = read_description(folder), describe_student(recipe, unaligned, teacher)
@@ -422,8 +421,3 @@ def first_samples(index: ShardIndex, count: int) -> ShardIndex:
         shards.append(shard)
         total += shard.samples
     return ShardIndex(tuple(shards))
-
-
-@contextlib.contextmanager
-def _unused():
-    yield

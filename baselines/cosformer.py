@@ -74,7 +74,8 @@ class CosformerMixer(TokenMixer):
 
     N in the angles is the current number of tokens. A query without a positive entry comes out as exactly zero.
 
-    Paper: arXiv 2202.08791, eq. 10 and 11.
+    Paper: arXiv 2202.08791, the decomposed cosine re-weighting.
+    Differs: the options are ours; the paper treats images as plain sequences.
     """
 
     Options = CosformerOptions

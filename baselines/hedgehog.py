@@ -88,7 +88,7 @@ def hedgehog_features(
 class HedgehogMixer(TokenMixer):
     """Linear attention over trained softmax features. 2 N D f + 4 N D f MACs, 2 H d f parameters.
 
-    Paper: arXiv 2402.04347, section 4.2.
+    Paper: arXiv 2402.04347, the softmax form of its feature map.
     Differs: starts at the identity (eye(d, f) for each head), from which features follow q and k at once; a Kaiming
         start gives nearly uniform attention.
     """

@@ -34,7 +34,7 @@ class LolcatsOptions(HedgehogOptions):
 class LolcatsMixer(HedgehogMixer):
     """Linear attention over trained softmax features. 2 N D f + 4 N D f MACs, 2 H d f parameters.
 
-    Paper: arXiv 2410.10254, section 3.2 (attention transfer) and 3.3 (low-rank adjustment).
+    Paper: arXiv 2410.10254: attention transfer, then low-rank adjustment.
     Differs: without the sliding window of softmax attention, which is causal and made for language.
     """
 

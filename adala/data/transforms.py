@@ -115,14 +115,8 @@ def build_train_transform(
 
 
 def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:
-    # Repacked while it is still bytes: PIL's pixels lie channels last, and stacking such floats takes 10 times as long.
     # The plain tensor at the end: a tv_tensor would carry its subclass through every operation of the model.
-    return [
-        v2.Lambda(Tensor.contiguous),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(mean), list(std)),
-        v2.ToPureTensor(),
-    ]
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std)), v2.ToPureTensor()]
 
 
 def seeded(transform: ImageTransform, image: Image.Image, seed: int, epoch: int, sample_id: str) -> Tensor:

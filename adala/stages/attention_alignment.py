@@ -30,7 +30,7 @@ def _after_projection(loss: Callable[[Tensor, Tensor], Tensor]) -> BlockLoss:
 def _per_head_output(student: AttentionShell, teacher: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """1000 x MSE of the mixed values before the output projection (LoLCATS, arXiv 2410.10254, attention transfer)."""
     with torch.no_grad():
-        expected = nn.functional.scaled_dot_product_attention(*_project(teacher, x))
+        expected = nn.functional.scaled_dot_product_attention(*_project(teacher, x.to(teacher.qkv.weight.dtype)))
     return 1000 * mse(student.mix(*student.project(x)), expected)
 
 
@@ -42,7 +42,7 @@ def _attention_maps(student: AttentionShell, teacher: nn.Module, x: Tensor, targ
             "use normalized_mse"
         )
     with torch.no_grad():
-        teacher_q, teacher_k, _ = _project(teacher, x)
+        teacher_q, teacher_k, _ = _project(teacher, x.to(teacher.qkv.weight.dtype))
     q, k, _ = student.project(x)
     return attention_map_cross_entropy(*student.token_mixer.feature_maps(q, k), teacher_q, teacher_k)
 
@@ -74,7 +74,9 @@ class AttentionAlignment(Stage):
         loss: str = "normalized_mse",
         release_activations: bool = True,
     ):
-        """Builds the stage; which parameters train is decided by their ``requires_grad``.
+        """Builds the stage; which of the linearized attentions' parameters train is decided by their ``requires_grad``.
+
+        Everything else is frozen here: it gets no gradient, and an optimizer would only let it decay.
 
         Args:
             student: The linearized model.
@@ -89,14 +91,18 @@ class AttentionAlignment(Stage):
         super().__init__(student, teacher)
         if loss not in BLOCK_LOSSES:
             raise ValueError(f"unknown Stage 1 loss {loss!r}: known are {', '.join(BLOCK_LOSSES)}")
-        if not linearized_blocks(student):
+        shells = linearized_blocks(student)
+        if not shells:
             raise ValueError("Stage 1 has nothing to align: every block keeps its softmax attention")
+        aligned = {parameter for shell in shells.values() for parameter in shell.parameters()}
+        for parameter in set(student.parameters()) - aligned:
+            parameter.requires_grad_(False)
         self.block_loss = BLOCK_LOSSES[loss]
         self.release_activations = release_activations
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` (mean over linearized blocks) and ``block00_loss``, ...; in eval mode the features' cosine too."""
-        images = self.images(batch)
+        images, teacher_images = self.images_for(self.student, batch), self.images_for(self.teacher, batch)
         shells = linearized_blocks(self.student)
         losses: dict[int, Tensor] = {}
         gradients: dict[nn.Parameter, Tensor] = {}
@@ -105,7 +111,7 @@ class AttentionAlignment(Stage):
 
         def compare(index: int, attention: nn.Module, x: Tensor, output: Tensor) -> None:
             with torch.set_grad_enabled(with_gradients):
-                loss = self.block_loss(shells[index], attention, x, output) / len(shells)
+                loss = self.block_loss(shells[index], attention, x.to(images.dtype), output) / len(shells)
                 if release:
                     parameters = [p for p in shells[index].parameters() if p.requires_grad]
                     gradients.update(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
@@ -115,7 +121,7 @@ class AttentionAlignment(Stage):
         # The student's layout hook sits on its own patch embedding, which does not run here; its shells share one tracker.
         next(iter(shells.values())).tracker.observe(self.student.patch_embed, (images,))
         with torch.no_grad(), _watch_attention(self.teacher, shells, compare):
-            teacher_features = self.teacher(images)
+            teacher_features = self.teacher(teacher_images)
 
         loss = torch.stack(list(losses.values())).sum()
         if release:

@@ -39,9 +39,9 @@ class Stage(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward")
 
-    def images(self, batch: Mapping[str, Any]) -> Tensor:
-        """The batch's images on the student's device, in the dtype of its weights."""
-        weight = self.student.patch_embed.proj.weight
+    def images_for(self, model: VisionTransformer, batch: Mapping[str, Any]) -> Tensor:
+        """The batch's images on the device and in the dtype of ``model``'s weights."""
+        weight = model.patch_embed.proj.weight
         return batch["image"].to(weight.device, weight.dtype, non_blocking=True)
 
     @torch.no_grad()

@@ -35,9 +35,8 @@ class FeatureAlignment(Stage):
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and the features' cosines and relative error."""
-        images = self.images(batch)
         with torch.no_grad():
-            teacher_features = self.teacher(images)
-        student_features = self.student(images)
+            teacher_features = self.teacher(self.images_for(self.teacher, batch))
+        student_features = self.student(self.images_for(self.student, batch))
         loss = self.feature_loss(student_features, teacher_features)
         return {"loss": loss, **self.feature_metrics(student_features, teacher_features)}

@@ -48,7 +48,7 @@ class Finetuning(Stage):
         Raises:
             ValueError: The batch has no labels, or one outside the head's classes.
         """
-        images = self.images(batch)
+        images = self.images_for(self.student, batch)
         labels = self._labels(batch, images.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             features = self.student(images)
@@ -56,7 +56,7 @@ class Finetuning(Stage):
         smoothing = self.label_smoothing if self.training else 0.0
         named = {"top1": 100 * (logits.argmax(-1) == labels).float().mean()}
         if not self.training:
-            named |= self.feature_metrics(features, self.teacher(images))
+            named |= self.feature_metrics(features, self.teacher(self.images_for(self.teacher, batch)))
         return {"loss": F.cross_entropy(logits, labels, label_smoothing=smoothing), **named}
 
     def _labels(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:

@@ -48,6 +48,11 @@ def shard_folder(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(name="png")
+def png_fixture() -> Callable[..., bytes]:
+    return png
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)

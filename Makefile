@@ -1,0 +1,19 @@
+# make demo: the three stages on the embedded default, two CPU ranks, and the table.  make test: the tests.
+PYTHON ?= python3
+VENV := .venv
+RANKS ?= 2
+
+.PHONY: demo test
+
+# DS_SKIP_CUDA_CHECK: nothing is compiled for CUDA at install time, so the versions of compiler and torch may differ.
+$(VENV)/installed: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	DS_SKIP_CUDA_CHECK=1 $(VENV)/bin/python -m pip install -q -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/deepspeed --num_gpus $(RANKS) \
+		launchers/train.py --stage all --run_name demo --overwrite
+
+test: $(VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest tests

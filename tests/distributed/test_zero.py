@@ -1,0 +1,77 @@
+"""ZeRO 0, 1, 2 and 3 on two ranks against plain PyTorch on the same global batch: gradients and three AdamW steps."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from launch import launch
+from zero_worker import CLIPPING, STEPS, build_stage, build_stage_optimizer, global_batches
+
+STAGES = ("attention_alignment", "feature_alignment")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    output = tmp_path_factory.mktemp("zero") / "results.pt"
+    finished = launch(Path(__file__).with_name("zero_worker.py"), str(output))
+    assert finished.returncode == 0, finished.stdout
+    return torch.load(output)
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def plain(request: pytest.FixtureRequest) -> tuple[str, dict[str, torch.Tensor]]:
+    """The same stage without DeepSpeed, without ranks, and with one graph over the whole global batch."""
+    stage = build_stage(request.param, release=False).train()
+    optimizer = build_stage_optimizer(stage)
+    result = {}
+    for step, images in enumerate(global_batches()):
+        optimizer.zero_grad()
+        stage({"image": images})["loss"].backward()
+        if step == 0:
+            named = stage.named_parameters()
+            result |= {f"gradient/{key}": p.grad.clone() for key, p in named if p.requires_grad}
+        if CLIPPING[request.param]:
+            torch.nn.utils.clip_grad_norm_(stage.parameters(), CLIPPING[request.param])
+        optimizer.step()
+    assert step == STEPS - 1
+    return request.param, result | {f"weight/{key}": value for key, value in stage.state_dict().items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_zero_agrees_with_plain_pytorch(plain, results, zero: str, accumulation: int) -> None:
+    name, expected = plain
+    found = results[f"{name}/{zero}/{accumulation}"]
+    assert set(found) == set(expected)
+    assert any(key.startswith("gradient/") and value.abs().max() > 0 for key, value in expected.items())
+    start = {f"weight/{key}": value for key, value in build_stage(name).state_dict().items()}
+    for key, value in expected.items():
+        # Gradients to rounding. Of weights the path from the start: AdamW turns a gradient near zero into a full step,
+        # so that single elements may differ by more than rounding.
+        scale = (value - start[key]).norm() if key in start else value.norm()
+        assert (found[key] - value).norm() <= (1e-3 if key in start else 1e-5) * scale, key
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bf16_follows_plain_pytorch(plain, results, accumulation: int) -> None:
+    name, expected = plain
+    found = results[f"{name}/zero1_bf16/{accumulation}"]
+    gradients = [key for key in expected if key.startswith("gradient/")]
+    ours = torch.cat([found[key].flatten() for key in gradients])
+    theirs = torch.cat([expected[key].flatten() for key in gradients])
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_frozen_weights_come_back_unrounded_from_bf16(results, name: str) -> None:
+    stage = build_stage(name)
+    found = results[f"{name}/zero1_bf16/1"]
+    frozen = [key for key, parameter in stage.named_parameters() if not parameter.requires_grad]
+    assert frozen or name == "feature_alignment"
+    state = stage.state_dict()
+    for key in frozen:
+        assert torch.equal(found[f"weight/{key}"], state[key]), key
