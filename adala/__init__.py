@@ -1,7 +1,7 @@
 """AdaLA: pretrained softmax Vision Transformers adapted to linear attention.
 
-    student = adala.load_student("runs/demo/stage2")
-    features = student(images)                      # (B, N, D), all tokens after the final norm
+student = adala.load_student("runs/demo/stage2")
+features = student(images)                      # (B, N, D), all tokens after the final norm
 """
 
 import importlib

@@ -220,7 +220,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--stage", choices=["1", "2", "3", "all"], default="all", help="which stage to run")
     parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="name in adala/recipes, or a .yaml path")
     parser.add_argument("--overwrite", action="store_true", help="run a finished stage again, replacing its results")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the DeepSpeed launcher; read from RANK anyway")
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="set by the DeepSpeed launcher; read from RANK anyway"
+    )
     parser.add_class_arguments(Recipe, nested_key=None)
     return parser
 

@@ -115,7 +115,9 @@ def report_error(error: Exception) -> None:
         time.sleep(5)
     # A data worker's exception arrives with its traceback as text around it.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[-1].removeprefix(f"{type(error).__name__}: ") if str(error).startswith("Caught ") else " ".join(lines)
+    message = (
+        lines[-1].removeprefix(f"{type(error).__name__}: ") if str(error).startswith("Caught ") else " ".join(lines)
+    )
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 

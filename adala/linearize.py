@@ -84,4 +84,6 @@ def check_supported(model: nn.Module) -> None:
                 f"blocks.{index}.attn is a {type(block.attn).__name__}; only timm's plain global Attention is supported"
             )
         if block.attn.attn_drop.p > 0:
-            raise ValueError(f"blocks.{index}.attn.attn_drop: dropout of attention weights is not supported; set it to 0")
+            raise ValueError(
+                f"blocks.{index}.attn.attn_drop: dropout of attention weights is not supported; set it to 0"
+            )

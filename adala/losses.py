@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adala.attention import accumulation_dtype
+from adala.attention import accumulation_dtype, full_precision
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,7 +45,7 @@ def attention_map_cross_entropy(
 
     One layer's N x N maps are built here, and only here. Its minimum is the entropy of the softmax map.
 
-    Paper: arXiv 2402.04347 (Hedgehog), section 4.2.
+    Paper: arXiv 2402.04347 (Hedgehog), its attention distillation loss.
 
     Args:
         query_features: phi(q), (B, H, N, M), non-negative.
@@ -55,21 +55,27 @@ def attention_map_cross_entropy(
         clamp_min: Lower clamp of the predicted weights before the logarithm.
     """
     dtype = accumulation_dtype(query_features)
-    scale = teacher_q.shape[-1] ** -0.5
-    target = (scale * teacher_q.to(dtype) @ teacher_k.to(dtype).transpose(-2, -1)).softmax(-1)
-    weights = query_features.to(dtype) @ key_features.to(dtype).transpose(-2, -1)
-    weights = weights / weights.sum(-1, keepdim=True)
-    return -(target * weights.clamp_min(clamp_min).log()).sum(-1).mean()
+    with full_precision(query_features):
+        target = _scores(teacher_q, teacher_k).softmax(-1)
+        weights = query_features.to(dtype) @ key_features.to(dtype).transpose(-2, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return -(target * weights.clamp_min(clamp_min).log()).sum(-1).mean()
 
 
 def attention_map_kl(
     query_features: Tensor, key_features: Tensor, teacher_q: Tensor, teacher_k: Tensor, clamp_min: float = 1e-12
 ) -> Tensor:
     """The cross-entropy above minus the softmax map's entropy: 0 where the maps agree."""
-    dtype = accumulation_dtype(teacher_q)
-    scores = teacher_q.shape[-1] ** -0.5 * teacher_q.to(dtype) @ teacher_k.to(dtype).transpose(-2, -1)
-    entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+    with full_precision(teacher_q):
+        scores = _scores(teacher_q, teacher_k)
+        entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
     return attention_map_cross_entropy(query_features, key_features, teacher_q, teacher_k, clamp_min) - entropy
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """d^-1/2 q k^T, (B, H, N, N)."""
+    dtype = accumulation_dtype(q)
+    return q.shape[-1] ** -0.5 * q.to(dtype) @ k.to(dtype).transpose(-2, -1)
 
 
 @torch.no_grad()

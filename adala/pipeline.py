@@ -149,7 +149,9 @@ def plan_stage(recipe: Recipe, number: int) -> StagePlan:
     if step is None:
         raise ValueError(f"{recipe.mechanism}'s {conversion.name} conversion has no stage {number}: leave it out")
     if step.lora is not None:
-        raise ValueError(f"{recipe.mechanism}'s native stage {number} uses LoRA, which is not there yet: --conversion adala")
+        raise ValueError(
+            f"{recipe.mechanism}'s native stage {number} uses LoRA, which is not there yet: --conversion adala"
+        )
     stated = {key: getattr(step, key) for key in ("loss", "lr", "weight_decay") if getattr(step, key) is not None}
     config = replace(recipe.stage(number), **stated)
     micro = config.micro_batch_size or config.global_batch_size // world_size()
@@ -369,9 +371,7 @@ def export_stage(recipe: Recipe, number: int, engine: Engine, description: Stude
             head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
             if head:
                 config = recipe.stage3
-                description = replace(
-                    description, head={"num_classes": config.num_classes, "pooling": config.pooling}
-                )
+                description = replace(description, head={"num_classes": config.num_classes, "pooling": config.pooling})
             save_student(folder, student, description, head or None)
             load_student(folder)
         except (ValueError, OSError) as raised:

@@ -13,10 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adala.attention import TokenLayout, TokenMixer, accumulation_dtype
+from adala.attention import TokenLayout, TokenMixer, accumulation_dtype, full_precision
 from adala.attention.linear import linear_attention
 from adala.conversion import Conversion, ConversionStep
-from baselines.precision import full_precision
 
 NATIVE = Conversion(name="native", steps=(ConversionStep("finetuning"),))
 

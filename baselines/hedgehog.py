@@ -11,10 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from adala.attention import AttentionShape, TokenLayout, TokenMixer, accumulation_dtype
+from adala.attention import AttentionShape, TokenLayout, TokenMixer, accumulation_dtype, full_precision
 from adala.attention.linear import linear_attention, linear_attention_reference
 from adala.conversion import Conversion, ConversionStep
-from baselines.precision import full_precision
 
 Activation = Literal["softmax", "exp"]
 

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adala.attention import AttentionShape, TokenLayout, TokenMixer, accumulation_dtype
+from adala.attention import AttentionShape, TokenLayout, TokenMixer, accumulation_dtype, full_precision
 from adala.conversion import Conversion, ConversionStep
 from baselines.nystromformer import segment_means
-from baselines.precision import full_precision
 
 NATIVE = Conversion(name="native", steps=(ConversionStep("finetuning"),))
 

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adala.attention import TokenLayout, TokenMixer, accumulation_dtype
+from adala.attention import TokenLayout, TokenMixer, accumulation_dtype, full_precision
 from adala.conversion import Conversion, ConversionStep
-from baselines.precision import full_precision
 
 NATIVE = Conversion(name="native", steps=(ConversionStep("finetuning"),))
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adala.attention import AttentionShape, TokenLayout, TokenMixer, accumulation_dtype
+from adala.attention import AttentionShape, TokenLayout, TokenMixer, accumulation_dtype, full_precision
 from adala.conversion import Conversion, ConversionStep
-from baselines.precision import full_precision
 
 PinvInit = Literal["per_matrix", "global"]
 

@@ -1,7 +1,7 @@
 """Adapts a pretrained softmax ViT to linear attention.
 
-    deepspeed launchers/train.py --stage 2
-    deepspeed launchers/train.py --stage all --recipe dinov2_large --stage1.lr 5e-4
+deepspeed launchers/train.py --stage 2
+deepspeed launchers/train.py --stage all --recipe dinov2_large --stage1.lr 5e-4
 """
 
 import sys

@@ -5,10 +5,9 @@ from adala.attention.base import (
     AttentionShell,
     NoOptions,
     TokenMixer,
-    accumulation_dtype,
-    autocast_off,
 )
 from adala.attention.layout import LayoutTracker, TokenLayout
+from adala.attention.precision import accumulation_dtype, full_precision
 from adala.attention.registry import build_mixer, mechanism_names, resolve_mechanism
 
 __all__ = [
@@ -19,8 +18,8 @@ __all__ = [
     "TokenLayout",
     "TokenMixer",
     "accumulation_dtype",
-    "autocast_off",
     "build_mixer",
+    "full_precision",
     "mechanism_names",
     "resolve_mechanism",
 ]

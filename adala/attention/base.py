@@ -6,7 +6,6 @@ Shapes: B batch, H heads, N tokens, d head dim, D embed dim (D = H d for every p
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from adala.attention.layout import LayoutTracker, TokenLayout
@@ -64,16 +63,6 @@ class TokenMixer(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.options)
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of statistics and token sums: float32, or float64 where the input already is."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def autocast_off(tensor: Tensor) -> torch.autocast:
-    """A context in which operations on ``tensor``'s device keep the dtype of their inputs."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class AttentionShell(nn.Module):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adala.attention.base import TokenMixer, accumulation_dtype, autocast_off
+from adala.attention.base import TokenMixer
 from adala.attention.layout import TokenLayout
+from adala.attention.precision import accumulation_dtype, full_precision
 
 
 def linear_attention(
@@ -27,7 +28,7 @@ def linear_attention(
     Returns:
         (B, H, N, d) in the dtype of ``v``; sums are kept in the dtype of the features.
     """
-    with autocast_off(v):
+    with full_precision(v):
         key_values = key_features.transpose(-2, -1) @ v.to(key_features.dtype)
         numerator = query_features @ key_values
         denominator = query_features @ key_features.sum(dim=-2).unsqueeze(-1)
@@ -78,8 +79,7 @@ class LinearMixer(TokenMixer):
     Options = LinearOptions
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        with autocast_off(v):
-            return linear_attention(elu_plus_one(q), elu_plus_one(k), v, den_added=self.options.den_added)
+        return linear_attention(elu_plus_one(q), elu_plus_one(k), v, den_added=self.options.den_added)
 
 
 def elu_attention_reference(q: Tensor, k: Tensor, v: Tensor, den_added: float = 1e-6) -> Tensor:

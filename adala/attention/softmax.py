@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from adala.attention.base import TokenMixer, accumulation_dtype
+from adala.attention.base import TokenMixer
 from adala.attention.layout import TokenLayout
+from adala.attention.precision import accumulation_dtype
 
 
 @dataclass(frozen=True)

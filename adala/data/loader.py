@@ -1,5 +1,7 @@
 """Batches for training and evaluation, read by worker processes in an order that is ours (see ``order``)."""
 
+import atexit
+import functools
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -234,7 +236,7 @@ class TrainLoader:
             require_label=self._require_label,
             max_bad_fraction=self._max_bad_fraction,
         )
-        for batch in build_loader(stream, self._num_workers, self._pin_memory):
+        for batch in iterate(stream, self._num_workers, self._pin_memory):
             assert batch["epoch"] == self._state.epoch, "workers and loader count the same micro-batches"
             self.bad_samples = dict(Counter(self.bad_samples) + Counter(batch.pop(BAD_FIELD)))
             advanced = advance(self._state, self._usable)
@@ -242,9 +244,9 @@ class TrainLoader:
             yield batch
 
 
-def build_loader(stream: IterableDataset, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """torch's loader over a stream of whole batches."""
-    return DataLoader(
+def iterate(stream: IterableDataset, num_workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+    """The batches of a stream through torch's loader, whose workers end when this generator does."""
+    loader = DataLoader(
         stream,
         batch_size=None,
         num_workers=num_workers,
@@ -253,6 +255,28 @@ def build_loader(stream: IterableDataset, num_workers: int, pin_memory: bool = F
         # It would otherwise draw its base seed from the global generator, and move the trainer's random numbers.
         generator=torch.Generator(),
     )
+    if num_workers == 0:
+        yield from loader
+        return
+    batches = iter(loader)
+    # Workers ignore SIGTERM, by which multiprocessing ends those that are left when the interpreter exits before it
+    # waits for them: a trainer that failed would wait for ever. Handlers registered last run first. The reference also
+    # keeps the garbage collector from closing the workers' queues before they were told to stop.
+    stop = functools.partial(stop_workers, batches)
+    atexit.register(stop)
+    try:
+        yield from batches
+    finally:
+        atexit.unregister(stop)
+        stop()
+
+
+def stop_workers(batches: Any) -> None:
+    """Ends the workers of torch's multi-process iterator ``batches``, by force those that are stuck in a read."""
+    batches._shutdown_workers()
+    for process in batches._workers:
+        if process.is_alive():
+            process.kill()
 
 
 @dataclass(frozen=True)
@@ -326,4 +350,4 @@ class EvaluationLoader:
             ValueError: A sample cannot be decoded or lacks a required label, or a shard holds fewer samples than its
                 index says.
         """
-        return iter(build_loader(self._stream, self._num_workers))
+        return iterate(self._stream, self._num_workers)

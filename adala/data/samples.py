@@ -20,7 +20,7 @@ from adala.data.order import ShardSequence
 # Exact extensions: `0001.seg.png` is the segmentation map of `0001.jpg`, and arrives under the name `seg.png`.
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "cls"
-# Openings of a remote shard without one new sample between them before reading gives up.
+# Times in a row that a remote shard may break without one new sample between them before reading gives up.
 REMOTE_ATTEMPTS = 3
 # A worker's range may always hold so many bad samples, however short it is.
 MIN_BAD_SAMPLES = 10
@@ -108,16 +108,16 @@ def read_shard(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
     """
     done = 0
     attempts = REMOTE_ATTEMPTS if is_remote(shard.url) else 1
-    left = attempts
+    failures = 0
     while done < len(ordinals):
-        left -= 1
         try:
             for raw in _read_once(shard, ordinals[done:]):
                 yield raw
                 done += 1
-                left = attempts
+                failures = 0
         except (OSError, tarfile.TarError, EOFError, http.client.HTTPException) as error:
-            if left == 0:
+            failures += 1
+            if failures == attempts:
                 raise _unreadable(shard, int(ordinals[done]), error) from error
             logger.warning("reading %s broke before sample %d (%r): opening it again", shard.url, ordinals[done], error)
 

@@ -9,6 +9,7 @@ fail() {
 }
 
 start_nodes() {
+  [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is no Slurm job: start it with sbatch, or inside salloc"
   local ranks=${ADALA_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} port hosts
   [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "ADALA_RANKS_PER_NODE (else SLURM_GPUS_ON_NODE) must be 1 or more, not $ranks"
   # Below Linux's ephemeral ports (32768 and up), so that no outgoing connection sits on it.
@@ -51,7 +52,8 @@ cd "$project"
 if [[ -d .venv/bin ]]; then
   PATH=$project/.venv/bin:$PATH
 fi
-command -v deepspeed >/dev/null || fail "there is no deepspeed command: install into $project/.venv, or activate another environment"
+command -v deepspeed >/dev/null ||
+  fail "there is no deepspeed command: install into $project/.venv, or activate the environment that has it"
 if [[ $1 == on-node ]]; then
   shift
   run_node "$@"

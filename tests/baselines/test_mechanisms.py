@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adala.attention import AttentionShape, TokenLayout, build_mixer, resolve_mechanism
+from adala.attention import AttentionShape, TokenLayout, build_mixer, full_precision, resolve_mechanism
 from adala.attention.softmax import softmax_attention_reference
 from adala.conversion import LoraSpec
 from baselines.hedgehog import hedgehog_features
 from baselines.nystromformer import iterative_pinv, segment_means
-from baselines.precision import full_precision
 
 LAYOUT = TokenLayout((5, 7), 1)
 SHAPE = AttentionShape(num_heads=3, head_dim=8, layout=LAYOUT)

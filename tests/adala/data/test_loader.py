@@ -3,6 +3,9 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 
 import pytest
@@ -32,6 +35,10 @@ def index(shard_folder):
 def train_loader(index):
     defaults = {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": 4, "seed": 5, "shuffle_buffer": 6}
     return functools.partial(TrainLoader, index, TRANSFORM, **defaults)
+
+
+# Four workers are more than some machines have cores.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def take(loader: TrainLoader, steps: int) -> list[dict]:
@@ -75,7 +82,9 @@ def test_an_epoch_is_the_same_set_on_all_topologies_and_the_same_sequence_each_t
 
 
 def test_batches_are_shuffled_by_seed_and_epoch(train_loader):
-    orders = {tuple(ids(take(train_loader(seed=seed, state=StreamState(epoch)), 1))) for seed in (1, 2) for epoch in (0, 1)}
+    orders = {
+        tuple(ids(take(train_loader(seed=seed, state=StreamState(epoch)), 1))) for seed in (1, 2) for epoch in (0, 1)
+    }
     assert len(orders) == 4
     unshuffled = ids(take(train_loader(shuffle_buffer=0), STEPS))
     assert unshuffled != ids(take(train_loader(), STEPS))
@@ -97,7 +106,10 @@ def test_a_resumed_loader_continues_exactly(train_loader, world_size, num_worker
     assert batch_ids(rest) == batch_ids(whole[consumed:])
     for resumed, uninterrupted in zip(rest, whole[consumed:], strict=True):
         assert torch.equal(resumed["image"], uninterrupted["image"])
-        assert (resumed["epoch"], resumed["label"].tolist()) == (uninterrupted["epoch"], uninterrupted["label"].tolist())
+        assert (resumed["epoch"], resumed["label"].tolist()) == (
+            uninterrupted["epoch"],
+            uninterrupted["label"].tolist(),
+        )
 
 
 def test_iterating_again_continues_after_what_was_handed_out(train_loader):
@@ -230,9 +242,7 @@ def test_bad_samples_are_filled_and_counted_and_resume_is_still_exact(shard_fold
 def test_too_many_bad_samples_stop_the_run(shard_folder):
     index = load_index([f"{shard_folder(32, bad=tuple(range(0, 22, 2)))}/train-*.tar"])
     for num_workers in (0, 1):
-        loader = TrainLoader(
-            index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=num_workers
-        )
+        loader = TrainLoader(index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=num_workers)
         with pytest.raises(RuntimeError, match=r"more than 10 samples .*train-00000.tar"):
             take(loader, 8)
 
@@ -273,13 +283,35 @@ def test_workers_survive_the_signals_that_end_a_job(train_loader):
     assert not any(worker.is_alive() for worker in workers)
 
 
+def test_a_failing_trainer_leaves_no_workers(shard_folder):
+    index = load_index([f"{shard_folder(8, labels=False)}/train-*.tar"])
+    loader = TrainLoader(
+        index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=1, require_label=True
+    )
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="has no label"):
+        next(iter(loader))
+    assert multiprocessing.active_children() == [] and time.monotonic() - begin < 5
+
+
+def test_the_interpreter_exits_when_a_loop_fails_with_workers_running(shard_folder):
+    program = f"""
+from adala.data import TrainLoader, build_train_transform, load_index
+transform = build_train_transform((8, 8), (0.5,) * 3, (0.5,) * 3, augmentation="none")
+index = load_index(["{shard_folder(8)}/train-*.tar"])
+for batch in TrainLoader(index, transform, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=2):
+    raise RuntimeError("the step failed")
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 1
+    assert finished.stderr.strip().endswith("RuntimeError: the step failed")
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_sees_each_sample_once_on_three_ranks(index, num_workers):
     seen, sizes = [], []
     for rank in range(3):
-        loader = EvaluationLoader(
-            index, EVAL_TRANSFORM, batch_size=5, rank=rank, world_size=3, num_workers=num_workers
-        )
+        loader = EvaluationLoader(index, EVAL_TRANSFORM, batch_size=5, rank=rank, world_size=3, num_workers=num_workers)
         batches = list(loader)
         assert len(batches) == len(loader)
         assert sum(len(batch["id"]) < 5 for batch in batches) <= 1

@@ -38,7 +38,15 @@ def test_shards_are_permuted_by_seed_and_epoch():
 
 def test_positions_map_to_shards_and_ordinals():
     sequence = shards_in_order([3, 0, 4])
-    assert [sequence.locate(position) for position in range(7)] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3)]
+    assert [sequence.locate(position) for position in range(7)] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+    ]
     assert [(shard, list(part), first) for shard, part, first in sequence.spans(range(1, 5))] == [
         (0, [1, 2], 0),
         (2, [3, 4], 3),
