@@ -212,14 +212,14 @@ class Command:
 
 
 def build_parser() -> ArgumentParser:
-    """The training command's parser: a recipe's fields as dotted options (``--stage1.lr``) and what goes beside them."""
+    """The training command's parser: a recipe's fields as dotted options (``--stage1.lr``), and what goes beside."""
     parser = ArgumentParser(
         exit_on_error=False,
         description="Adapts a pretrained softmax ViT to linear attention in three stages (ViT-AdaLA).",
     )
     parser.add_argument("--stage", choices=["1", "2", "3", "all"], default="all", help="which stage to run")
     parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="name in adala/recipes, or a .yaml path")
-    parser.add_argument("--overwrite", action="store_true", help="run a finished stage again, replacing its results")
+    parser.add_argument("--overwrite", action="store_true", help="run a finished stage again, replacing it")
     parser.add_argument(
         "--local_rank", type=int, default=0, help="set by the DeepSpeed launcher; read from RANK anyway"
     )

@@ -106,19 +106,22 @@ def raise_together(error: Exception | None) -> None:
 
 
 def report_error(error: Exception) -> None:
-    """Prints a user's error as one sentence, once: rank 0 at once, another rank only if it outlives the launcher's poll.
+    """Prints a user's error as one sentence, once: rank 0 at once, another rank only if it outlives rank 0's exit.
 
     An error of all ranks is printed by rank 0, whose exit makes the launcher end the others; an error of one rank only
     is printed by that rank a moment later.
     """
     if rank() != 0:
         time.sleep(5)
-    # A data worker's exception arrives with its traceback as text around it.
+    print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
+
+
+def _one_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = (
-        lines[-1].removeprefix(f"{type(error).__name__}: ") if str(error).startswith("Caught ") else " ".join(lines)
-    )
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if str(error).startswith("Caught "):
+        # A data worker's exception arrives with its traceback as text around it.
+        return lines[-1].removeprefix(f"{type(error).__name__}: ")
+    return " ".join(lines)
 
 
 def _available_cores() -> int:

@@ -13,7 +13,7 @@ NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token")
 
 
 def freeze_except(module: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Freezes all parameters of ``module`` but those whose name matches a pattern (fnmatch); returns the latter's names.
+    """Freezes all parameters of ``module`` but those whose name matches a pattern (fnmatch), whose names it returns.
 
     Raises:
         ValueError: Nothing matches.
@@ -60,7 +60,7 @@ def build_optimizer(
 def rate_factor(
     step: int, steps: int, warmup_steps: int, schedule: Literal["cosine", "constant"], floor: float = 0.0
 ) -> float:
-    """The rate at ``step`` (counted from 0) as a share of its peak: linear warm-up, then cosine to ``floor`` or flat."""
+    """The rate at ``step`` (from 0) as a share of its peak: linear warm-up, then a cosine to ``floor``, or flat."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

@@ -114,11 +114,13 @@ class AttentionAlignment(Stage):
                 loss = self.block_loss(shells[index], attention, x.to(images.dtype), output) / len(shells)
                 if release:
                     parameters = [p for p in shells[index].parameters() if p.requires_grad]
-                    gradients.update(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
+                    # Not every loss sees every parameter: the output projection comes after the per-head outputs.
+                    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    gradients.update((p, g) for p, g in zip(parameters, found, strict=True) if g is not None)
                     loss = loss.detach()
             losses[index] = loss
 
-        # The student's layout hook sits on its own patch embedding, which does not run here; its shells share one tracker.
+        # The student's own patch embedding, whose hook tells its shells the layout, does not run here.
         next(iter(shells.values())).tracker.observe(self.student.patch_embed, (images,))
         with torch.no_grad(), _watch_attention(self.teacher, shells, compare):
             teacher_features = self.teacher(teacher_images)

@@ -1,0 +1,123 @@
+"""Teacher to student: names, values, layouts, hybrids, refusals."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from tiny_teacher import build_tiny_teacher
+
+from adala.attention import AttentionShell
+from adala.linearize import linearize, linearized_blocks
+
+LAYOUTS = {
+    "no_prefix": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "class_token": {},
+    "class_token_and_registers": {"reg_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_softmax_student_equals_its_teacher_to_the_bit(changes, images) -> None:
+    teacher = build_tiny_teacher(**changes)
+    student = linearize(teacher, "softmax").eval()
+    assert len(linearized_blocks(student)) == 3
+    assert torch.equal(student(images), teacher(images))
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "linear"])
+def test_keys_and_weights_stay_timms(teacher, mechanism: str) -> None:
+    student = linearize(teacher, mechanism)
+    expected = teacher.state_dict()
+    assert set(student.state_dict()) == set(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in student.state_dict().items())
+    student.load_state_dict(expected, strict=True)
+    copy.deepcopy(teacher).load_state_dict(student.state_dict(), strict=True)
+
+
+def test_the_teacher_is_left_alone(teacher, images) -> None:
+    before = teacher(images)
+    student = linearize(teacher, "linear")
+    with torch.no_grad():
+        student.blocks[0].attn.qkv.weight.zero_()
+    assert torch.equal(teacher(images), before)
+    assert all(type(block.attn) is Attention for block in teacher.blocks)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_kept_blocks_stay_timms_softmax(teacher, images) -> None:
+    student = linearize(teacher, "linear", keep=[0, 2])
+    assert [type(block.attn) for block in student.blocks] == [Attention, AttentionShell, Attention]
+    assert torch.equal(linearize(teacher, "linear", keep=[0, 1, 2]).eval()(images), teacher(images))
+    assert not torch.allclose(student.eval()(images), teacher(images), atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("size", [(16, 16), (16, 32), (12, 8)], ids=str)
+@pytest.mark.parametrize("mechanism", ["linear", "monarch"])
+def test_other_and_non_square_image_sizes(changes, size: tuple[int, int], mechanism: str) -> None:
+    student = linearize(build_tiny_teacher(**changes), mechanism).eval()
+    tokens = size[0] * size[1] // 16 + student.num_prefix_tokens
+    assert student(torch.randn(2, 3, *size)).shape == (2, tokens, 32)
+    assert linearized_blocks(student)[0].tracker.current.grid_size == (size[0] // 4, size[1] // 4)
+
+
+def test_a_copy_has_a_layout_of_its_own(teacher) -> None:
+    student = linearize(teacher, "linear").eval()
+    twin = copy.deepcopy(student)
+    twin(torch.randn(1, 3, 32, 32))
+    assert linearized_blocks(twin)[0].tracker.current.grid_size == (8, 8)
+    assert linearized_blocks(student)[0].tracker.current.grid_size == (4, 4)
+
+
+def test_random_parameters_follow_the_seed_and_leave_the_generator_alone(teacher) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, second, other = (linearize(teacher, "performer", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    key = "blocks.0.attn.token_mixer.projection"
+    assert torch.equal(first.state_dict()[key], second.state_dict()[key])
+    assert not torch.equal(first.state_dict()[key], other.state_dict()[key])
+    assert not torch.equal(first.state_dict()[key], first.state_dict()[key.replace("0", "1")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mechanism": "quadratic"}, "unknown mechanism 'quadratic': known are softmax, linear"),
+        ({"mechanism": "linear", "options": {"eps": 1}}, "no option 'eps': it has den_added"),
+        ({"keep": [3]}, "the model has the blocks 0 to 2, not 3"),
+    ],
+    ids=["mechanism", "option", "keep"],
+)
+def test_mistakes_are_named(teacher, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linearize(teacher, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is not a plain timm ViT"),
+        ("vit_tiny_patch16_224", {"attn_drop_rate": 0.1}, "blocks.0.attn.attn_drop"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.1}, "patch_drop"),
+        ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ParallelScalingBlock}, "blocks.0 is a "),
+    ],
+    ids=["windowed", "attention_dropout", "patch_dropout", "parallel"],
+)
+def test_what_is_not_supported_is_named(name: str, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linearize(timm.create_model(name, **arguments))
+
+
+def test_a_real_mask_is_refused(teacher) -> None:
+    attention = linearize(teacher, "linear").blocks[0].attn
+    tokens = torch.randn(1, 17, 32)
+    attention(tokens, attn_mask=None, is_causal=False)
+    for arguments in ({"attn_mask": torch.ones(17, 17)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="masked or causal attention"):
+            attention(tokens, **arguments)
+    with pytest.raises(ValueError, match="5 tokens reached an attention layer"):
+        attention(tokens[:, :5])

@@ -1,0 +1,178 @@
+"""The three stages as modules: losses, gradients, what trains and what never does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from adala.conversion import QKV_PATTERNS
+from adala.export import build_head
+from adala.linearize import linearize, linearized_blocks
+from adala.optim import freeze_except
+from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning
+
+ALL_LOSSES = ["mse", "normalized_mse", "head_output_mse_1000"]
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", ALL_LOSSES)
+def test_a_student_equal_to_its_teacher_has_zero_stage_1_loss(teacher, images, loss: str, dtype, mode: bool) -> None:
+    teacher = teacher.to(dtype)
+    stage = AttentionAlignment(linearize(teacher, "softmax"), teacher, loss).train(mode)
+    losses = stage({"image": images})
+    assert {name: value.item() for name, value in losses.items() if name.endswith("loss")} == {
+        "loss": 0.0, "block00_loss": 0.0, "block01_loss": 0.0, "block02_loss": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "normalized_mse"])
+def test_a_student_equal_to_its_teacher_has_zero_stage_2_loss(teacher, images, loss: str, dtype) -> None:
+    teacher = teacher.to(dtype)
+    losses = FeatureAlignment(linearize(teacher, "softmax"), teacher, loss)({"image": images})
+    assert losses["loss"].item() == 0.0
+    assert losses["feature_cosine"].item() == pytest.approx(1.0, abs=1e-5)
+    assert losses["relative_error"].item() == 0.0
+
+
+def stage_1_gradients(teacher, images, release: bool, factor: float) -> dict[str, torch.Tensor]:
+    student = linearize(teacher, "linear", keep=[1])
+    freeze_except(student, QKV_PATTERNS)
+    stage = AttentionAlignment(student, teacher, release_activations=release)
+    (factor * stage({"image": images})["loss"]).backward()
+    return {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+
+
+def test_released_activations_give_the_gradients_of_the_whole_graph(teacher, images) -> None:
+    released, graph = (stage_1_gradients(teacher, images, release, 0.25) for release in (True, False))
+    assert set(released) == {f"student.blocks.{i}.attn.qkv.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert set(graph) == set(released)
+    for name, gradient in graph.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(released[name], gradient, rtol=1e-5, atol=0)
+
+
+def test_stage_1_keeps_one_blocks_activations_at_a_time(teacher, images) -> None:
+    """Saved tensors alive when the stage's forward pass returns: none of a block's, with released activations."""
+
+    def saved_after_forward(release: bool) -> int:
+        alive = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal alive
+            alive += tensor.numel()
+            return tensor
+
+        student = linearize(teacher, "linear")
+        freeze_except(student, QKV_PATTERNS)
+        stage = AttentionAlignment(student, teacher, release_activations=release)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = stage({"image": images})["loss"]
+        functions, seen = [loss.grad_fn], set()
+        while functions:
+            function = functions.pop()
+            if function is not None and function not in seen:
+                seen.add(function)
+                functions += [following for following, _ in function.next_functions]
+        return len(seen)
+
+    assert saved_after_forward(release=True) < 20 < saved_after_forward(release=False)
+
+
+def test_stage_1_sees_the_teachers_input_at_every_block(teacher, images) -> None:
+    """A block's loss must not depend on what the student's earlier blocks do."""
+    student = linearize(teacher, "linear")
+    stage = AttentionAlignment(student, teacher)
+    before = stage({"image": images})
+    with torch.no_grad():
+        student.blocks[0].attn.qkv.weight.mul_(-1)
+    after = stage({"image": images})
+    assert after["block00_loss"] != before["block00_loss"]
+    assert after["block01_loss"] == before["block01_loss"]
+    assert after["block02_loss"] == before["block02_loss"]
+
+
+def test_stage_1_follows_other_image_sizes(teacher) -> None:
+    stage = AttentionAlignment(linearize(teacher, "monarch"), teacher)
+    stage({"image": torch.randn(2, 3, 16, 32)})
+    assert linearized_blocks(stage.student)[0].tracker.current.grid_size == (4, 8)
+
+
+@pytest.mark.parametrize("mechanism", ["hedgehog", "lolcats"])
+def test_attention_maps_can_be_compared_where_there_are_feature_maps(teacher, images, mechanism: str) -> None:
+    student = linearize(teacher, mechanism)
+    freeze_except(student, ["blocks.*.attn.token_mixer.*"])
+    stage = AttentionAlignment(student, teacher, "attention_map_cross_entropy")
+    stage({"image": images})["loss"].backward()
+    assert all(p.grad.abs().max() > 0 for n, p in student.named_parameters() if "token_mixer" in n)
+    stage = AttentionAlignment(linearize(teacher, "linear"), teacher, "attention_map_cross_entropy")
+    with pytest.raises(ValueError, match="has no feature maps"):
+        stage({"image": images})
+
+
+@pytest.mark.parametrize("stage_class", [AttentionAlignment, FeatureAlignment])
+def test_training_moves_the_student_and_never_the_teacher(teacher, images, stage_class) -> None:
+    before = copy.deepcopy(teacher.state_dict())
+    stage = stage_class(linearize(teacher, "linear"), teacher, "mse").train()
+    assert not teacher.training and stage.student.training
+    assert not any("teacher" in name for name in [*stage.state_dict(), *dict(stage.named_modules())])
+    optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = stage({"image": images})["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def finetuning(teacher, **arguments) -> Finetuning:
+    student = linearize(teacher, "linear")
+    return Finetuning(student, teacher, build_head(student, 3, "cls_patch"), **arguments)
+
+
+def test_finetuning_learns_and_counts(teacher, images) -> None:
+    stage = finetuning(teacher).train()
+    batch = {"image": images, "label": torch.tensor([0, 1, 2, 1])}
+    optimizer = torch.optim.AdamW(stage.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses = stage(batch)
+        losses["loss"].backward()
+        optimizer.step()
+    assert losses["top1"].item() == 100.0
+    assert set(stage.eval()(batch)) >= {"loss", "top1", "feature_cosine"}
+
+
+def test_a_frozen_backbone_trains_the_head_only(teacher, images) -> None:
+    stage = finetuning(teacher, freeze_backbone=True).train()
+    assert not stage.student.training
+    stage({"image": images, "label": torch.tensor([0, 1, 2, 1])})["loss"].backward()
+    assert {name for name, p in stage.named_parameters() if p.grad is not None} == {
+        "head.linear.weight", "head.linear.bias",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [({}, "Stage 3 needs labels"), ({"label": torch.tensor([0, 1, 2, 3])}, "has the label 3, but .* is 3")],
+    ids=["none", "outside"],
+)
+def test_finetuning_needs_fitting_labels(teacher, images, batch: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        finetuning(teacher)({"image": images, **batch})
+
+
+def test_mistakes_are_named(teacher) -> None:
+    with pytest.raises(ValueError, match="unknown Stage 1 loss 'l1': known are mse"):
+        AttentionAlignment(linearize(teacher, "linear"), teacher, "l1")
+    with pytest.raises(ValueError, match="unknown Stage 2 loss 'l1': known are mse"):
+        FeatureAlignment(linearize(teacher, "linear"), teacher, "l1")
+    with pytest.raises(ValueError, match="nothing to align"):
+        AttentionAlignment(linearize(teacher, "linear", keep=[0, 1, 2]), teacher)
+    with pytest.raises(ValueError, match="no parameter matches"):
+        freeze_except(nn.Linear(2, 2), ["nothing.*"])
