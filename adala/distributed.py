@@ -111,7 +111,8 @@ def report_error(error: Exception) -> None:
     An error of all ranks is printed by rank 0, whose exit makes the launcher end the others; an error of one rank only
     is printed by that rank a moment later.
     """
-    if rank() != 0:
+    # From the environment: a mistake on the command line is found before there is a process group.
+    if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
     print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
 

@@ -44,7 +44,9 @@ def test_a_local_checkpoint_with_a_head_and_another_resolution(tmp_path, suffix:
 def test_a_checkpoint_for_another_architecture_is_refused(tmp_path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(build_tiny_teacher(embed_dim=64).state_dict(), path)
-    with pytest.raises(ValueError, match=r"for another architecture than .*cls_token is \(1, 1, 64\), not \(1, 1, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"for another architecture than .*cls_token is \(1, 1, 64\), not \(1, 1, 32\)"
+    ):
         load_teacher("vit_tiny_patch16_224", [16, 16], checkpoint=path, model_args=TINY_ARGS)
     save_file(build_tiny_teacher(depth=2).state_dict(), path)
     with pytest.raises(ValueError, match=r"blocks\.2\.norm1\.weight is missing"):

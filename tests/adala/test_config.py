@@ -59,5 +59,9 @@ def test_help_explains_every_field(capsys) -> None:
     with pytest.raises(SystemExit):
         parse_command(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for phrase in ("Samples per optimizer step over all ranks", "Blocks that keep their softmax attention", "--stage3.freeze_backbone"):
+    for phrase in (
+        "Samples per optimizer step over all ranks",
+        "Blocks that keep their softmax attention",
+        "--stage3.freeze_backbone",
+    ):
         assert phrase in text

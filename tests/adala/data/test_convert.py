@@ -1,6 +1,7 @@
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,24 @@ def test_a_split_that_fails_half_way_leaves_the_old_one(tmp_path, numbered):
         write_shards([], tmp_path, "train", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert len(samples_of(tmp_path, "train")) == 4
+
+
+def test_a_crash_while_shards_are_replaced_leaves_the_split_out_of_the_index(tmp_path, numbered, monkeypatch):
+    write_shards(numbered(4), tmp_path, "train", 2)
+    write_shards(numbered(4), tmp_path, "val", 2)
+    rename = Path.rename
+
+    def fail_on_the_second(path, target):
+        if path.name.endswith("00001.tar"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(numbered(4), tmp_path, "train", 2)
+    with pytest.raises(ValueError, match="matches 'train-"):
+        load_index([f"{tmp_path}/train-*.tar"])
+    assert len(samples_of(tmp_path, "val")) == 4
 
 
 def test_an_image_folder_becomes_shards_with_sorted_classes(tmp_path, monkeypatch, png):

@@ -1,0 +1,74 @@
+"""Users' mistakes through the launcher on two ranks: one sentence, a non-zero exit, no hang, nothing lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import train
+from safetensors.torch import save_file
+from tiny_run import write_tiny_recipe
+from tiny_teacher import build_tiny_teacher
+
+
+def fails_with(sentence: str, *arguments: str) -> None:
+    """The command fails on both ranks within a minute, says ``sentence`` in one line, once, and shows no traceback."""
+    done = train(*arguments, timeout_s=90)
+    assert done.returncode != 0, done.stdout
+    said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stdout
+    assert sentence in said[0]
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--mechanism", "quadratic"], "unknown mechanism 'quadratic': known are softmax, linear"),
+        (["--stage2.lrr", "1"], "unrecognized arguments: --stage2.lrr"),
+        (["--data.image_size", "[18, 16]"], "18 x 16 is not divisible by the patch size 4 x 4: 16 x 16 would be"),
+        (["--stage2.global_batch_size", "64"], "40 samples, fewer than one global batch of 64"),
+        (["--stage2.global_batch_size", "7"], "stage2.global_batch_size 7 does not divide into 2 ranks"),
+        (["--ds_config", "zero9"], "ds_config zero9: there is no such configuration; known are zero0"),
+    ],
+    ids=["mechanism", "key", "image_size", "too_few_samples", "batch", "ds_config"],
+)
+def test_a_mistake_in_the_command(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    fails_with(sentence, "--recipe", str(write_tiny_recipe(tmp_path)), "--stage", "2", *arguments)
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    recipe = write_tiny_recipe(tmp_path)
+    (tmp_path / "shards" / "train-00001.tar").unlink()
+    fails_with("train-00001.tar", "--recipe", str(recipe), "--stage", "1")
+
+
+def test_a_checkpoint_for_another_architecture(tmp_path: Path) -> None:
+    recipe = write_tiny_recipe(tmp_path)
+    save_file(build_tiny_teacher(embed_dim=64).state_dict(), tmp_path / "teacher.safetensors")
+    fails_with("is for another architecture", "--recipe", str(recipe), "--stage", "1")
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    recipe = write_tiny_recipe(tmp_path)
+    # A rate that overflows float32 within the first updates; clipping off, so that nothing holds it back.
+    arguments = ["--stage2.lr", "1e30", "--stage2.gradient_clipping", "0", "--stage2.save_every", "1"]
+    fails_with("not finite", "--recipe", str(recipe), "--stage", "2", *arguments)
+    checkpoints = sorted((tmp_path / "runs" / "tiny-run" / "stage2" / "checkpoints").glob("step-*"))
+    assert checkpoints and all((path / "COMPLETE").is_file() for path in checkpoints)
+
+
+def test_a_ds_config_that_contradicts_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": 8}))
+    fails_with(
+        "train_batch_size belongs into the recipe, as stageN.global_batch_size",
+        *("--recipe", str(write_tiny_recipe(tmp_path)), "--stage", "1", "--ds_config", str(path)),
+    )
+
+
+def test_a_checkpoint_of_another_number_of_ranks(tmp_path: Path) -> None:
+    recipe = str(write_tiny_recipe(tmp_path))
+    done = train("--recipe", recipe, "--stage", "1", ranks=1)
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "runs" / "tiny-run" / "stage1" / "finished.json").unlink()
+    fails_with("was written with world_size 1, this run has 2: start as many ranks", "--recipe", recipe, "--stage", "1")

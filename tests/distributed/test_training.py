@@ -1,0 +1,189 @@
+"""The main job through the DeepSpeed launcher on two ranks: every stage under ZeRO 0 to 3, resume, export."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from launch import PROJECT, free_port, train
+from safetensors.torch import load_file
+from tiny_run import write_tiny_recipe
+from tiny_teacher import TINY_ARGS, build_tiny_teacher
+
+from adala import load_classifier, load_student
+from adala.checkpoint import complete_checkpoints
+from adala.progress import read_metrics
+
+ROWS = ["teacher", "linearized", "stage 1", "stage 2", "stage 3"]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module", params=["zero0", "zero1", "zero2", "zero3", "zero1_bf16"])
+def finished_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """All three stages on two ranks under one configuration: its name, the folder around the run, what was printed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = write_tiny_recipe(folder, ds_config=request.param)
+    before = digest(folder / "teacher.safetensors")
+    micro = "2" if request.param == "zero2" else "4"
+    done = train("--recipe", str(recipe), "--stage", "all", "--stage2.micro_batch_size", micro)
+    assert done.returncode == 0, done.stdout
+    assert digest(folder / "teacher.safetensors") == before
+    return request.param, folder, done.stdout
+
+
+def test_three_stages_and_their_report(finished_run) -> None:
+    _, folder, printed = finished_run
+    run = folder / "runs" / "tiny-run"
+    rows = json.loads((run / "report.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ROWS
+    assert [set(row) for row in rows] == [{"model", "top1", "feature_cosine"}] * 5
+    assert rows[0]["feature_cosine"] == pytest.approx(1.0, abs=1e-4)
+    assert all(0 <= row["top1"] <= 100 for row in rows)
+    assert "feature cosine" in printed and "stage 3" in printed
+    assert (run / "report.png").stat().st_size > 10_000
+    for number in (1, 2, 3):
+        stage = run / f"stage{number}"
+        steps = [row["step"] for row in read_metrics(stage, "train")]
+        assert steps == [1, 2, 3, 4]
+        assert (stage / "config.yaml").is_file() and (stage / "finished.json").is_file()
+    assert {f"block0{i}_loss" for i in range(3)} <= set(read_metrics(run / "stage1", "train")[0])
+    assert "dropped at its end" in printed
+
+
+def test_every_configuration_trains_alike(finished_run, tmp_path_factory) -> None:
+    """The curves of ZeRO 0 to 3 are one curve (bf16 near it): none of them silently trains something else."""
+    name, folder, _ = finished_run
+    losses = [
+        row["loss"] for n in (1, 2, 3) for row in read_metrics(folder / "runs" / "tiny-run" / f"stage{n}", "train")
+    ]
+    reference = tmp_path_factory.getbasetemp() / "losses.json"
+    if name == "zero0":
+        reference.write_text(json.dumps(losses))
+    tolerance = 5e-2 if name.endswith("bf16") else 2e-4
+    assert losses == pytest.approx(json.loads(reference.read_text()), rel=tolerance)
+
+
+def test_the_export_is_complete_and_scores_as_in_training(finished_run) -> None:
+    name, folder, _ = finished_run
+    tolerance = 2e-2 if name.endswith("bf16") else 1e-4
+    run = folder / "runs" / "tiny-run"
+    reference = build_tiny_teacher().state_dict()
+    images = torch.randn(2, 3, 16, 16)
+    for number in (1, 2, 3):
+        state = load_file(run / f"stage{number}" / "student.safetensors")
+        assert {key: value.shape for key, value in state.items()} == {k: v.shape for k, v in reference.items()}
+        student = load_student(run / f"stage{number}")
+        assert student(images).shape == (2, 17, 32)
+        moved = {key for key, value in state.items() if not torch.equal(value, reference[key])}
+        if number == 1:
+            assert moved == {f"blocks.{i}.attn.qkv.{kind}" for i in range(3) for kind in ("weight", "bias")}
+        else:
+            assert "patch_embed.proj.weight" in moved and "norm.weight" in moved
+    # What the trainer measured last, before the export, is what the report measured on the reloaded student.
+    cosine = json.loads((run / "stage2" / "finished.json").read_text())["feature_cosine"]
+    rows = json.loads((run / "report.json").read_text())["rows"]
+    assert rows[3]["feature_cosine"] == pytest.approx(cosine, abs=tolerance)
+    assert load_classifier(run / "stage3")(images).shape == (2, 3)
+
+
+def test_a_softmax_student_loads_into_plain_timm(tmp_path: Path) -> None:
+    recipe = write_tiny_recipe(tmp_path, mechanism="softmax", ds_config="zero3")
+    done = train("--recipe", str(recipe), "--stage", "2")
+    assert done.returncode == 0, done.stdout
+    assert "starting from the linearized teacher (no stage 1 in this run)" in done.stdout
+    folder = tmp_path / "runs" / "tiny-run" / "stage2"
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=0, global_pool="", **TINY_ARGS).eval()
+    plain.load_state_dict(load_file(folder / "student.safetensors"), strict=True)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(plain(images), load_student(folder)(images))
+    first = read_metrics(folder, "train")[0]
+    assert first["loss"] == 0.0 and first["relative_error"] == 0.0
+
+
+def run_until_step(recipe: Path, stage: str, step: int) -> None:
+    """Starts a stage on two ranks and kills it, all processes at once, when it has logged ``step``."""
+    folder = recipe.parent / "runs" / "tiny-run" / f"stage{stage}"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*launcher, "launchers/train.py", "--recipe", str(recipe), "--stage", stage]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(folder, "train")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be interrupted"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero3"])
+def test_an_interrupted_run_continues_to_the_same_curve(tmp_path: Path, ds_config: str) -> None:
+    """Killed in the middle of an epoch; steps 5 an epoch, saved every 3, so that the resumed run crosses epochs too."""
+    stage = {"steps": 60, "global_batch_size": 8, "log_every": 1, "warmup_steps": 1, "save_every": 3}
+    stage |= {"augmentation": "crop"}
+    curves = {}
+    for name in ("whole", "interrupted"):
+        (tmp_path / name).mkdir()
+        recipe = write_tiny_recipe(tmp_path / name, stage2=stage, ds_config=ds_config, mechanism="performer")
+        folder = tmp_path / name / "runs" / "tiny-run" / "stage2"
+        if name == "interrupted":
+            run_until_step(recipe, "2", 8)
+            assert not (folder / "finished.json").exists(), "it was too fast to be interrupted"
+            kept = complete_checkpoints(folder / "checkpoints")
+            assert kept, "nothing was saved before the interruption"
+        done = train("--recipe", str(recipe), "--stage", "2")
+        assert done.returncode == 0, done.stdout
+        if name == "interrupted":
+            assert f"resuming from {kept[-1]}" in done.stdout
+        curves[name] = [row["loss"] for row in read_metrics(folder, "train")]
+    assert len(curves["whole"]) == 60
+    assert curves["interrupted"] == curves["whole"]
+
+
+def test_a_checkpoint_cut_short_is_not_read(tmp_path: Path) -> None:
+    """What lies under a checkpoint's name without the marker, or under a partial name, is passed over."""
+    for name, marker in (("step-00000002", True), ("step-00000004", False), ("partial-step-00000006", True)):
+        (tmp_path / name).mkdir()
+        if marker:
+            (tmp_path / name / "COMPLETE").touch()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_finished_stages_are_not_run_again_unasked(tmp_path: Path) -> None:
+    recipe = str(write_tiny_recipe(tmp_path, ds_config="zero1"))
+    stage = tmp_path / "runs" / "tiny-run" / "stage1"
+    assert train("--recipe", recipe, "--stage", "1", ranks=1).returncode == 0
+    first = digest(stage / "student.safetensors")
+    refused = train("--recipe", recipe, "--stage", "1", "--stage1.lr", "0.1", ranks=1)
+    assert refused.returncode != 0
+    assert "is finished already: add --overwrite" in refused.stdout
+    assert digest(stage / "student.safetensors") == first
+    again = train("--recipe", recipe, "--stage", "1", "--stage1.lr", "0.1", "--overwrite", ranks=1)
+    assert again.returncode == 0, again.stdout
+    assert digest(stage / "student.safetensors") != first
+    ablation = train("--recipe", recipe, "--stage", "3", "--stage3.freeze_backbone", "true", ranks=1)
+    assert ablation.returncode == 0, ablation.stdout
+    assert f"starting from the student in {stage}" in ablation.stdout
+    assert digest(tmp_path / "runs" / "tiny-run" / "stage3" / "student.safetensors") == digest(
+        stage / "student.safetensors"
+    )
+    qkv = train(
+        "--recipe", recipe, "--stage", "2", "--stage2.trainable", "qkv", "--stage2.start_from", "linearized", ranks=1
+    )
+    assert qkv.returncode == 0, qkv.stdout
+    state, reference = (
+        load_file(tmp_path / "runs/tiny-run/stage2/student.safetensors"),
+        build_tiny_teacher().state_dict(),
+    )
+    assert all(".attn.qkv." in key for key, value in state.items() if not torch.equal(value, reference[key]))
