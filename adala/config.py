@@ -135,6 +135,8 @@ class EvaluationConfig:
 
     batch_size: int = 250
     """Samples per rank and forward pass."""
+    monitor_samples: int = 1000
+    """Held-out samples that a stage is evaluated on while it trains (the first ones, in shard order)."""
     probe_train: list[str] | None = None
     """Labelled shards that the linear probe is fitted on; null takes data.train."""
     probe_samples: int = 4000

@@ -103,7 +103,9 @@ def run_stage(recipe: Recipe, number: int, overwrite: bool = False) -> None:
         engine,
         plan.config,
         partial(build_train_loader, recipe, number, plan, training_index, teacher),
-        build_evaluation_loader(recipe, held_out_index, teacher, require_label=number == 3),
+        build_evaluation_loader(
+            recipe, held_out_index, teacher, recipe.evaluation.monitor_samples, require_label=number == 3
+        ),
         writer,
         run.checkpoints(number),
         seed=recipe.seed,
@@ -339,9 +341,13 @@ def build_train_loader(
 
 
 def build_evaluation_loader(
-    recipe: Recipe, index: ShardIndex, teacher: VisionTransformer, require_label: bool
+    recipe: Recipe,
+    index: ShardIndex,
+    teacher: VisionTransformer,
+    limit: int | None = None,
+    require_label: bool = False,
 ) -> EvaluationLoader:
-    """Held-out samples, each once over all ranks.
+    """Held-out samples, each once over all ranks; ``limit`` takes the first so many only.
 
     Raises:
         ValueError: Fewer samples than ranks.
@@ -357,6 +363,7 @@ def build_evaluation_loader(
         world_size=world_size(),
         num_workers=recipe.data.num_workers,
         require_label=require_label,
+        limit=limit,
     )
 
 
@@ -389,19 +396,20 @@ def score_run(recipe: Recipe) -> list[ReportRow]:
     students = {"teacher": teacher, "linearized": starting_from_teacher(recipe, teacher)}
     students |= {f"stage {n}": load_student(run.stage(n)).to(device()) for n in (1, 2, 3) if has_student(run.stage(n))}
     config = recipe.evaluation
-    probe_index = first_samples(data_index(recipe, config.probe_train or recipe.data.train), config.probe_samples)
+    probe_index = data_index(recipe, config.probe_train or recipe.data.train)
     held_out_index = data_index(recipe, recipe.data.val)
-    loader = partial(build_evaluation_loader, recipe, teacher=teacher, require_label=False)
-    labelled = all("label" in next(iter(loader(index))) for index in (probe_index, held_out_index))
+    probe = partial(build_evaluation_loader, recipe, probe_index, teacher, config.probe_samples)
+    held_out = partial(build_evaluation_loader, recipe, held_out_index, teacher)
+    labelled = all("label" in next(iter(loader())) for loader in (probe, held_out))
     rows = []
     for name, student in students.items():
-        cosine = compare_features(student, teacher, loader(held_out_index))["feature_cosine"]
+        cosine = compare_features(student, teacher, held_out())["feature_cosine"]
         top1 = None
         if name == "stage 3":
             classifier = load_classifier(run.stage(3)).to(device())
-            top1 = classifier_top1(classifier, loader(held_out_index), recipe.stage3.num_classes)
+            top1 = classifier_top1(classifier, held_out(), recipe.stage3.num_classes)
         elif labelled:
-            features = [collect_features(student, loader(i), FEATURE_POOLING) for i in (probe_index, held_out_index)]
+            features = [collect_features(student, loader(), FEATURE_POOLING) for loader in (probe, held_out)]
             top1 = linear_probe_top1(*features, l2=config.probe_l2)
         rows.append(ReportRow(name, None if top1 is None else round(top1, 2), round(cosine, 5)))
         say(f"scored {name}: top-1 {'-' if top1 is None else f'{top1:.2f} %'}, feature cosine {cosine:.4f}")
@@ -410,14 +418,3 @@ def score_run(recipe: Recipe) -> list[ReportRow]:
 
 def starting_from_teacher(recipe: Recipe, teacher: VisionTransformer) -> VisionTransformer:
     return linearize(teacher, recipe.mechanism, recipe.keep, recipe.mechanism_options, recipe.seed).eval()
-
-
-def first_samples(index: ShardIndex, count: int) -> ShardIndex:
-    """Whole shards of ``index`` from its beginning until they hold ``count`` samples."""
-    shards, total = [], 0
-    for shard in index.shards:
-        if total >= count:
-            break
-        shards.append(shard)
-        total += shard.samples
-    return ShardIndex(tuple(shards))

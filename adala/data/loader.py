@@ -322,6 +322,7 @@ class EvaluationLoader:
         world_size: int = 1,
         num_workers: int = 0,
         require_label: bool = False,
+        limit: int | None = None,
     ):
         """Cuts the set.
 
@@ -333,8 +334,10 @@ class EvaluationLoader:
             world_size: Number of ranks, whose parts differ by at most one sample.
             num_workers: Data workers of this rank; 0 reads in this process.
             require_label: Whether a sample without a label is an error.
+            limit: Only the first so many samples of the set, over all ranks together; None is all.
         """
-        positions = evaluation_range(index.num_samples, rank, world_size)
+        num_samples = index.num_samples if limit is None else min(limit, index.num_samples)
+        positions = evaluation_range(num_samples, rank, world_size)
         self._num_batches = -(-len(positions) // batch_size)
         self._num_workers = min(num_workers, self._num_batches)
         self._stream = EvaluationStream(index, transform, positions, batch_size, require_label)

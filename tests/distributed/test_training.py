@@ -117,7 +117,7 @@ def run_until_step(recipe: Path, stage: str, step: int) -> None:
     command = [*launcher, "launchers/train.py", "--recipe", str(recipe), "--stage", stage]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
-        command, cwd=PROJECT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        command, cwd=PROJECT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_metrics(folder, "train")):

@@ -323,6 +323,15 @@ def test_evaluation_sees_each_sample_once_on_three_ranks(index, num_workers):
     assert len(seen) == len(set(seen)) == 67
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(10, 10), (1000, 67)])
+def test_evaluation_of_the_first_samples_only(index, limit, expected):
+    whole = ids(EvaluationLoader(index, EVAL_TRANSFORM, batch_size=5))
+    loaders = [
+        EvaluationLoader(index, EVAL_TRANSFORM, batch_size=5, rank=rank, world_size=2, limit=limit) for rank in range(2)
+    ]
+    assert [sample for loader in loaders for sample in ids(loader)] == whole[:expected]
+
+
 def test_evaluation_with_fewer_samples_than_ranks(shard_folder):
     index = load_index([f"{shard_folder(2)}/train-*.tar"])
     loaders = [
