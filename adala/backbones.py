@@ -64,7 +64,7 @@ def load_checkpoint(model: VisionTransformer, path: str | Path) -> None:
     Raises:
         ValueError: No such file, or weights of another architecture; the message names the first key that differs.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:

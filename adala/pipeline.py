@@ -9,10 +9,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from adala.attention import resolve_mechanism
+from adala.attention import insert_lora, merge_lora, resolve_mechanism
 from adala.backbones import check_image_size, load_teacher
 from adala.config import Recipe, StageConfig, recipe_to_yaml
-from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep
+from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, LoraSpec
 from adala.data import (
     EvaluationLoader,
     ShardIndex,
@@ -150,10 +150,6 @@ def plan_stage(recipe: Recipe, number: int) -> StagePlan:
     step = conversion.step(STAGE_NAMES[number])
     if step is None:
         raise ValueError(f"{recipe.mechanism}'s {conversion.name} conversion has no stage {number}: leave it out")
-    if step.lora is not None:
-        raise ValueError(
-            f"{recipe.mechanism}'s native stage {number} uses LoRA, which is not there yet: --conversion adala"
-        )
     stated = {key: getattr(step, key) for key in ("loss", "lr", "weight_decay") if getattr(step, key) is not None}
     config = replace(recipe.stage(number), **stated)
     micro = config.micro_batch_size or config.global_batch_size // world_size()
@@ -213,7 +209,7 @@ def starting_student(recipe: Recipe, number: int, teacher: VisionTransformer) ->
     elif start_from == "linearized":
         return unaligned, f"the linearized teacher, as stage{number}.start_from says"
     else:
-        folder = Path(start_from)
+        folder = Path(start_from).expanduser()
     found, wanted = read_description(folder), describe_student(recipe, unaligned, teacher)
     for key in ("backbone", "model_args", "mechanism", "mechanism_options", "keep"):
         if getattr(found, key) != getattr(wanted, key):
@@ -257,6 +253,8 @@ def build_stage(
     ds_config = load_ds_config(recipe.ds_config)
     # The teacher computes in the student's precision, so that a student equal to it is equal to the bit.
     teacher = teacher.to(compute_dtype(ds_config))
+    if plan.step.lora is not None:
+        _insert_adapters(student, plan.step.lora, recipe.seed)
     patterns = QKV_PATTERNS if number == 2 and plan.config.trainable == "qkv" else plan.step.trainable
     freeze_except(student, patterns)
     if number == 1:
@@ -269,6 +267,13 @@ def build_stage(
         torch.manual_seed(recipe.seed)
         head = build_head(student, plan.config.num_classes, plan.config.pooling)
     return Finetuning(student, teacher, head, plan.config.label_smoothing, plan.config.freeze_backbone)
+
+
+def _insert_adapters(student: VisionTransformer, lora: LoraSpec, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block in student.blocks:
+            insert_lora(block.attn, lora.rank, lora.alpha, lora.targets)
 
 
 def build_engine(recipe: Recipe, plan: StagePlan, stage: nn.Module) -> Engine:
@@ -379,7 +384,7 @@ def export_stage(recipe: Recipe, number: int, engine: Engine, description: Stude
             if head:
                 config = recipe.stage3
                 description = replace(description, head={"num_classes": config.num_classes, "pooling": config.pooling})
-            save_student(folder, student, description, head or None)
+            save_student(folder, merge_lora(student), description, head or None)
             load_student(folder)
         except (ValueError, OSError) as raised:
             error = raised

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adala.attention import AttentionShape, TokenLayout, TokenMixer, build_mixer
+from adala.attention import AttentionShape, LoraLinear, TokenLayout, TokenMixer, build_mixer, merge_lora
 from adala.attention.softmax import softmax_attention_reference
 from adala.losses import attention_map_cross_entropy, mse
 
@@ -341,7 +341,7 @@ def read_lolcats(case: Case) -> list[Answer]:
 
 
 def read_lora(case: Case) -> list[Answer]:
-    """A linear layer with a low-rank adapter: x W^T + b + scaling (x A^T) B^T."""
+    """A linear layer with a low-rank adapter, through the layer that fine-tuning uses, and merged."""
     hyper, tensors = case.hyper, case.tensors
     x, weight, bias = tensors.take("x"), tensors.take("weight"), tensors.take("bias", None)
     lora_a, lora_b = tensors.take("lora_A"), tensors.take("lora_B")
@@ -352,12 +352,23 @@ def read_lora(case: Case) -> list[Answer]:
     scaling = hyper.take("scaling") if "scaling" in hyper else hyper.take("alpha") / lora_a.shape[0]
 
     def compute(dtype: torch.dtype) -> Tensor:
-        out = x.to(dtype) @ weight.to(dtype).t()
-        if bias is not None:
-            out = out + bias.to(dtype)
-        return out + scaling * (x.to(dtype) @ lora_a.to(dtype).t()) @ lora_b.to(dtype).t()
+        layer = adapted_layer(dtype)
+        with torch.no_grad():
+            return layer(x.to(dtype))
 
-    return [Answer("out", compute)]
+    def compute_merged(dtype: torch.dtype) -> Tensor:
+        state = merge_lora(adapted_layer(dtype).state_dict())
+        return torch.nn.functional.linear(x.to(dtype), state["weight"], state.get("bias"))
+
+    def adapted_layer(dtype: torch.dtype) -> LoraLinear:
+        base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype)
+        layer = LoraLinear(base, rank=lora_a.shape[0], alpha=scaling * lora_a.shape[0])
+        values = {"weight": weight, "lora_A": lora_a[None], "lora_B": lora_b[None]}
+        values |= {} if bias is None else {"bias": bias}
+        layer.load_state_dict({k: v.to(dtype) for k, v in values.items()} | {"lora_scale": layer.lora_scale})
+        return layer
+
+    return [Answer("out", compute), Answer("out", compute_merged)]
 
 
 READERS: dict[str, Callable[[Case], list[Answer]]] = {

@@ -7,6 +7,7 @@ from adala.attention.base import (
     TokenMixer,
 )
 from adala.attention.layout import LayoutTracker, TokenLayout
+from adala.attention.lora import LoraLinear, insert_lora, merge_lora
 from adala.attention.precision import accumulation_dtype, full_precision
 from adala.attention.registry import build_mixer, mechanism_names, resolve_mechanism
 
@@ -14,12 +15,15 @@ __all__ = [
     "AttentionShape",
     "AttentionShell",
     "LayoutTracker",
+    "LoraLinear",
     "NoOptions",
     "TokenLayout",
     "TokenMixer",
     "accumulation_dtype",
     "build_mixer",
     "full_precision",
+    "insert_lora",
     "mechanism_names",
+    "merge_lora",
     "resolve_mechanism",
 ]

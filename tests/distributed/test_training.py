@@ -151,6 +151,20 @@ def test_an_interrupted_run_continues_to_the_same_curve(tmp_path: Path, ds_confi
     assert curves["interrupted"] == curves["whole"]
 
 
+def test_a_native_conversion_merges_its_adapters(tmp_path: Path) -> None:
+    """LoLCATS as its authors convert: attention transfer, then LoRA; there is no Stage 2, and no adapter afterwards."""
+    recipe = write_tiny_recipe(tmp_path, mechanism="lolcats", conversion="native", ds_config="zero1")
+    done = train("--recipe", str(recipe), "--stage", "all")
+    assert done.returncode == 0, done.stdout
+    assert "stage 2 is no part of lolcats's native conversion: left out" in done.stdout
+    run = tmp_path / "runs" / "tiny-run"
+    after_transfer, after_lora = (load_file(run / f"stage{n}" / "student.safetensors") for n in (1, 3))
+    assert set(after_lora) == set(after_transfer)
+    moved = {key for key in after_lora if not torch.equal(after_lora[key], after_transfer[key])}
+    assert moved == {f"blocks.{i}.attn.{name}.weight" for i in range(3) for name in ("qkv", "proj")}
+    assert not (run / "stage2").exists()
+
+
 def test_a_checkpoint_cut_short_is_not_read(tmp_path: Path) -> None:
     """What lies under a checkpoint's name without the marker, or under a partial name, is passed over."""
     for name, marker in (("step-00000002", True), ("step-00000004", False), ("partial-step-00000006", True)):
