@@ -113,7 +113,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small-epochs", type=int, default=20, help="epochs at 14 px")
+    parser.add_argument("--small-epochs", type=int, default=14, help="epochs at 14 px")
     parser.add_argument("--full-epochs", type=int, default=6, help="epochs at 28 px")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW peak rate; at 28 px a third of it")
