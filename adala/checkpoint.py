@@ -7,6 +7,7 @@ A checkpoint is a folder ``step-00000100`` with DeepSpeed's files of every rank,
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,24 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{MARKER}"))
 
 
-def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
+def load_checkpoint(path: Path, engine: Engine, conditions: Mapping[str, Any]) -> dict[str, Any]:
     """Restores the engine and returns the trainer's state; every rank calls it.
 
+    Args:
+        path: A complete checkpoint.
+        engine: What is trained.
+        conditions: By recipe key, what must be as it was when the checkpoint was written.
+
     Raises:
-        ValueError: It was written on another number of ranks or under another ZeRO stage.
+        ValueError: It was written under other conditions, on another number of ranks or under another ZeRO stage.
     """
     state = json.loads((path / STATE).read_text())
+    for key, here in conditions.items():
+        if state["conditions"].get(key) != here:
+            raise ValueError(
+                f"checkpoint {path} was written with {key} {state['conditions'].get(key)!r}, this run has {here!r}: "
+                "set it back, choose another --run_name, or start the stage anew with --overwrite"
+            )
     for key, here, advice in (
         ("world_size", world_size(), "start as many ranks"),
         ("zero_stage", engine.zero_stage, "use the same ds_config"),

@@ -1,9 +1,11 @@
 """From a recipe to a run: builds what a stage needs, trains it, exports its student, and scores the whole run."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -108,6 +110,7 @@ def run_stage(recipe: Recipe, number: int, overwrite: bool = False) -> None:
         ),
         writer,
         run.checkpoints(number),
+        resume_conditions(recipe, number, plan),
         seed=recipe.seed,
     )
     try:
@@ -162,6 +165,23 @@ def plan_stage(recipe: Recipe, number: int) -> StagePlan:
         )
     sources = recipe.data.train if config.train_data is None else config.train_data
     return StagePlan(step, config, sources, micro, config.global_batch_size // share)
+
+
+def resume_conditions(recipe: Recipe, number: int, plan: StagePlan) -> dict[str, Any]:
+    """What a checkpoint of this stage can only be continued under, by recipe key, as JSON gives it back."""
+    conditions = {
+        "seed": recipe.seed,
+        "mechanism": recipe.mechanism,
+        "mechanism_options": recipe.mechanism_options,
+        "keep": recipe.keep,
+        "conversion": recipe.conversion,
+        "teacher.name": recipe.teacher.name,
+        "teacher.model_args": recipe.teacher.model_args,
+        "data.image_size": recipe.data.image_size,
+        f"stage{number}.global_batch_size": plan.config.global_batch_size,
+        f"stage{number}.train_data (or data.train)": plan.sources,
+    }
+    return json.loads(json.dumps(conditions))
 
 
 def conversion_of(recipe: Recipe) -> Conversion:

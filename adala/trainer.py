@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Trainer:
         evaluation_loader: Held-out data, or None.
         writer: Where metrics go.
         checkpoint_folder: Where checkpoints go.
+        conditions: What a checkpoint must agree with to be continued, by recipe key: data, batch, seed, mechanism, ...
         seed: Of whatever the model draws while it trains; every step is seeded anew, so that a resumed run draws the
             same.
     """
@@ -39,9 +40,11 @@ class Trainer:
     evaluation_loader: EvaluationLoader | None
     writer: MetricWriter
     checkpoint_folder: Path
+    conditions: Mapping[str, Any]
     seed: int = 0
     step: int = 0
     skipped_in_a_row: int = 0
+    reported_bad_samples: dict[str, int] = field(default_factory=dict)
 
     def fit(self) -> dict[str, float]:
         """Trains from the newest complete checkpoint, or from the start, to the last step.
@@ -64,6 +67,7 @@ class Trainer:
             last = self.step == self.config.steps
             if self.step % self.config.log_every == 0 or last:
                 self.writer.write("train", self.step, metrics)
+                self._report_bad_samples(loader)
             if self._due(self.config.evaluate_every) and not last:
                 self.evaluate()
             if self._due(self.config.save_every) or last:
@@ -118,7 +122,7 @@ class Trainer:
         checkpoints = complete_checkpoints(self.checkpoint_folder)
         if not checkpoints:
             return StreamState()
-        state = load_checkpoint(checkpoints[-1], self.engine)
+        state = load_checkpoint(checkpoints[-1], self.engine, self.conditions)
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         say(f"resuming from {checkpoints[-1]} at step {self.step} of {self.config.steps}")
@@ -126,7 +130,14 @@ class Trainer:
 
     def _save(self, loader: TrainLoader) -> None:
         state = {"stream": loader.state.to_dict(), "skipped_in_a_row": self.skipped_in_a_row}
-        save_checkpoint(self.checkpoint_folder, self.engine, self.step, state)
+        save_checkpoint(self.checkpoint_folder, self.engine, self.step, {**state, "conditions": dict(self.conditions)})
+
+    def _report_bad_samples(self, loader: TrainLoader) -> None:
+        """Says which shards had samples that could not be decoded, whenever this rank has met new ones."""
+        if loader.bad_samples != self.reported_bad_samples:
+            self.reported_bad_samples = dict(loader.bad_samples)
+            counts = ", ".join(f"{count} in {shard}" for shard, count in sorted(loader.bad_samples.items()))
+            print(f"rank {rank()}: bad samples skipped so far: {counts}", flush=True)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -5,7 +5,6 @@ Shapes: B batch, H heads, N tokens, d head dim, M features.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adala.attention.base import TokenMixer
@@ -53,10 +52,11 @@ def elu_plus_one(x: Tensor) -> Tensor:
     """ELU(x) + 1 in float32 (float64 for float64 input), written so that small values survive.
 
     ``elu(x) + 1`` subtracts 1 and adds it again, which loses everything below the dtype's epsilon: exact zeros, and
-    gradients of millions, in bf16.
+    gradients of millions, in bf16. This is x + 1 above zero and exp(x) below; as a sum, because a ``where`` and its
+    backward pass took a quarter of a small model's training step on a CPU.
     """
     x = x.to(accumulation_dtype(x))
-    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
+    return x.relu() + x.clamp(max=0).exp()
 
 
 @dataclass(frozen=True)

@@ -72,3 +72,6 @@ def test_a_checkpoint_of_another_number_of_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     (tmp_path / "runs" / "tiny-run" / "stage1" / "finished.json").unlink()
     fails_with("was written with world_size 1, this run has 2: start as many ranks", "--recipe", recipe, "--stage", "1")
+    fails_with(
+        "was written with seed 0, this run has 5: set it back", "--recipe", recipe, "--stage", "1", "--seed", "5"
+    )

@@ -1,0 +1,254 @@
+"""What the builder of real data does before and after it downloads: tiles, scenes, the names of weights, refusals."""
+
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from adala.backbones import build_backbone
+from adala.data import load_index, write_shards
+from adala.data.samples import read_shard
+
+REALDATA = Path(__file__).parents[2] / "bench" / "realdata"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"realdata_{name}", REALDATA / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_script("build")
+checkpoint = load_script("checkpoint")
+
+
+def write_stamp(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
+    """A red, opaque rectangle inside a transparent margin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = Image.new("RGBA", (size[0] + 20, size[1] + 20), (0, 0, 0, 0))
+    stamp.paste((255, 0, 0, 255), (10, 10, 10 + size[0], 10 + size[1]))
+    stamp.save(path)
+    return path
+
+
+@pytest.mark.parametrize("width, height", [(5120, 2880), (1080, 1920), (601, 402), (300, 300)])
+def test_tiles_are_squares_inside_the_picture(width: int, height: int) -> None:
+    boxes = build.tile_boxes(width, height)
+    assert len(boxes) == 7
+    for left, upper, right, lower in boxes:
+        assert 0 <= left < right <= width and 0 <= upper < lower <= height
+        assert right - left == lower - upper
+    sides = [right - left for left, _, right, _ in boxes]
+    assert sides == [min(width // 3, height // 2)] * 6 + [min(width, height)]
+
+
+def test_tiles_of_a_wide_picture_do_not_overlap_and_reach_its_corners() -> None:
+    boxes = build.tile_boxes(900, 600)
+    assert boxes[:6] == [(x, y, x + 300, y + 300) for y in (0, 300) for x in (0, 300, 600)]
+    assert boxes[6] == (150, 0, 750, 600)
+
+
+def test_tiles_are_scaled_down_but_not_up(tmp_path: Path) -> None:
+    Image.new("RGB", (3600, 2400)).save(tmp_path / "large.png")
+    Image.new("RGB", (300, 200)).save(tmp_path / "small.png")
+    assert {tile.size for tile in build.cut_tiles(tmp_path / "large.png")} == {(1024, 1024)}
+    assert [tile.width for tile in build.cut_tiles(tmp_path / "small.png")] == [100] * 6 + [200]
+
+
+def test_a_stamp_loses_its_transparent_margin(tmp_path: Path) -> None:
+    path = write_stamp(tmp_path / "stamp.png")
+    assert build.load_stamp(path, 448).size == (60, 40)
+    assert build.load_stamp(path, 30).size == (30, 20)
+
+
+def test_a_scene_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    stamps = [
+        build.Stamp(3, write_stamp(tmp_path / "a.png")),
+        build.Stamp(7, write_stamp(tmp_path / "b.png", (20, 50))),
+    ]
+    tile = Image.fromarray(np.random.default_rng(0).integers(0, 100, (600, 600, 3), dtype=np.uint8))
+
+    def compose(seed: int) -> tuple[bytes, bytes]:
+        scene, class_map = build.compose_scene(random.Random(seed), tile, stamps)
+        return scene.tobytes(), class_map.tobytes()
+
+    assert compose(0) == compose(0)
+    assert compose(0) != compose(1)
+
+
+def test_a_scenes_map_marks_the_pasted_pixels_with_class_plus_one(tmp_path: Path) -> None:
+    stamps = [build.Stamp(3, write_stamp(tmp_path / "stamp.png"))]
+    scene, class_map = build.compose_scene(random.Random(0), Image.new("RGB", (500, 500), (0, 0, 90)), stamps)
+    red, labels = np.asarray(scene)[..., 0], np.asarray(class_map)
+    assert scene.size == class_map.size == (448, 448)
+    assert set(np.unique(labels)) == {0, 4}
+    np.testing.assert_array_equal(red > 127, labels == 4)
+
+
+def test_photographs_are_the_largest_rendition_and_no_thumbnails(tmp_path: Path) -> None:
+    images = tmp_path / "usr/share/wallpapers/Kay/contents/images"
+    backgrounds = tmp_path / "usr/share/backgrounds"
+    for path, size in {
+        images / "1x1.png": 10,
+        images / "2x2.png": 20,
+        backgrounds / "z.JPG": 70_000,
+        backgrounds / "deep/a.png": 70_000,
+        backgrounds / "logo.png": 100,
+        backgrounds / "list.xml": 70_000,
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+    found = build.find_photographs(tmp_path)
+    assert found == [images / "2x2.png", backgrounds / "deep/a.png", backgrounds / "z.JPG"]
+
+
+def test_no_stamp_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
+    for name in build.STAMP_CLASSES:
+        for number in range(16):
+            write_stamp(tmp_path / "usr/share/tuxpaint/stamps" / name / f"{number}.png", (4, 4))
+    splits = build.find_stamps(tmp_path, random.Random(0))
+    assert [len(splits[split]) for split in ("train", "val")] == [12 * 12, 12 * 4]
+    assert not {stamp.path for stamp in splits["train"]} & {stamp.path for stamp in splits["val"]}
+    assert {stamp.label for stamp in splits["val"]} == set(range(12))
+
+
+def test_missing_packages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert build.main(str(tmp_path), str(tmp_path / "out")) == 1
+    assert "wallpaper packages" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "classes.json").exists()
+
+
+def test_segmentation_maps_survive_the_projects_writer(tmp_path: Path) -> None:
+    class_map = Image.new("L", (8, 8), 5)
+    write_shards(
+        [{"jpg": build.as_jpeg(Image.new("RGB", (8, 8))), "seg.png": build.as_png(class_map)}], tmp_path, "val", 2
+    )
+    (shard,) = load_index([f"{tmp_path}/val-*.tar"]).shards
+    (sample,) = read_shard(shard, [0])
+    assert sample.fields["seg.png"] == build.as_png(class_map)
+
+
+TINY = {"patch_size": 14, "embed_dim": 8, "depth": 2, "num_heads": 2, "init_values": 0.1}
+
+
+def fake_graph(state: dict[str, np.ndarray], depth: int) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """What exporting Hugging Face's DINOv2 leaves: initializers, matrices without names and transposed, and nodes."""
+    weights = {
+        "backbone.embeddings.cls_token": state["cls_token"],
+        "backbone.embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
+        "backbone.embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
+        "backbone.layernorm.weight": state["norm.weight"],
+        "backbone.layernorm.bias": state["norm.bias"],
+        "onnx::prefix": state["pos_embed"][:, :1],
+        "onnx::patches": state["pos_embed"][:, 1:],
+    }
+    nodes = {
+        "/backbone/embeddings/Concat_6": ["onnx::prefix", "computed"],
+        "/backbone/embeddings/Reshape_1": ["onnx::patches", "computed"],
+    }
+
+    def add_matrix(node: str, matrix: np.ndarray) -> None:
+        weights[f"onnx::MatMul_{len(weights)}"] = matrix.T
+        nodes[f"{node}/MatMul"] = ["computed", list(weights)[-1]]
+
+    for block in range(depth):
+        ours, name, node = f"blocks.{block}.", f"backbone.encoder.layer.{block}.", f"/backbone/encoder/layer.{block}/"
+        parts = zip(*(np.split(state[f"{ours}attn.qkv.{part}"], 3) for part in ("weight", "bias")), strict=True)
+        for projection, (matrix, bias) in zip(("query", "key", "value"), parts, strict=True):
+            add_matrix(f"{node}attention/attention/{projection}", matrix)
+            weights[f"{name}attention.attention.{projection}.bias"] = bias
+        add_matrix(f"{node}attention/output/dense", state[f"{ours}attn.proj.weight"])
+        weights[f"{name}attention.output.dense.bias"] = state[f"{ours}attn.proj.bias"]
+        for layer in ("fc1", "fc2"):
+            add_matrix(f"{node}mlp/{layer}", state[f"{ours}mlp.{layer}.weight"])
+            weights[f"{name}mlp.{layer}.bias"] = state[f"{ours}mlp.{layer}.bias"]
+        for number in (1, 2):
+            weights[f"{name}layer_scale{number}.lambda1"] = state[f"{ours}ls{number}.gamma"]
+            for part in ("weight", "bias"):
+                weights[f"{name}norm{number}.{part}"] = state[f"{ours}norm{number}.{part}"]
+    return weights, nodes
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    model = build_backbone("vit_tiny_patch16_224", [28, 28], TINY)
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
+
+
+def test_the_checkpoint_gets_timms_names_back(tmp_path: Path) -> None:
+    state = random_state()
+    found = checkpoint.timm_state(*fake_graph({name: value.numpy() for name, value in state.items()}, 2), depth=2)
+    assert set(found) == set(state)
+    for name, value in state.items():
+        np.testing.assert_array_equal(found[name], value.numpy(), err_msg=name)
+        assert found[name].flags.c_contiguous
+
+
+def test_another_graph_is_refused_by_what_it_lacks() -> None:
+    weights, nodes = fake_graph({name: value.numpy() for name, value in random_state().items()}, 2)
+    with pytest.raises(ValueError, match=r"has no .*layer\.2"):
+        checkpoint.timm_state(weights, nodes, depth=3)
+    nodes["/backbone/encoder/layer.1/mlp/fc1/MatMul"] = ["computed"]
+    with pytest.raises(ValueError, match="fc1/MatMul has 0 constant inputs"):
+        checkpoint.timm_state(weights, nodes, depth=2)
+
+
+@pytest.mark.parametrize("shift, code", [(0.0, 0), (0.1, 1)], ids=["same", "another"])
+def test_the_verification_compares_features(tmp_path: Path, monkeypatch, capsys, shift: float, code: int) -> None:
+    verify = load_script("verify")
+    monkeypatch.setattr(verify, "MODEL", "vit_tiny_patch16_224")
+    torch.manual_seed(0)
+    model = build_backbone("vit_tiny_patch16_224", [32, 32]).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        features = model(images)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    save_file({"images": images, "features": features * (1 + shift)}, tmp_path / "reference.safetensors")
+    assert verify.main(str(tmp_path / "model.safetensors"), str(tmp_path / "reference.safetensors")) == code
+    assert ("does not fit" in capsys.readouterr().err) == bool(code)
+
+
+def run_build(folder: Path, path: str | None = None) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "ADALA_REAL": str(folder),
+        "PYTHON": sys.executable,
+        "PATH": path or os.environ["PATH"],
+    }
+    command = [shutil.which("bash"), str(REALDATA / "build.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_finished_build_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text("[]")
+    result = run_build(tmp_path)
+    assert result.returncode == 0 and "built already" in result.stdout
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run_build(tmp_path)
+    assert result.returncode == 1 and "no finished build" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_machine_without_apt_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("dirname", "ls"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    result = run_build(tmp_path / "real", path=str(tools))
+    assert result.returncode == 1 and "there is no apt-get" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
