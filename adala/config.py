@@ -125,6 +125,10 @@ class FinetuningConfig(StageConfig):
     """Label smoothing of the cross-entropy."""
     freeze_backbone: bool = False
     """Train a linear head on frozen features."""
+    head_init: Literal["random", "probe"] = "random"
+    """``probe`` starts the head as a linear probe on frozen features (LP-FT)."""
+    head_init_samples: int = 16000
+    """Training samples that the probe of head_init is fitted on (the first ones, in shard order)."""
     head_lr: float | None = None
     """Peak rate of the head; null takes lr."""
 

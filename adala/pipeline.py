@@ -26,11 +26,11 @@ from adala.data import (
     write_embedded,
 )
 from adala.data.embedded import TEACHER_PATH
-from adala.distributed import barrier, device, raise_together, rank, world_size
+from adala.distributed import barrier, broadcast_object, device, raise_together, rank, world_size
 from adala.engine import Engine, compute_dtype, load_ds_config, zero_stage
 from adala.evaluation.classification import classifier_top1
-from adala.evaluation.features import collect_features, compare_features
-from adala.evaluation.linear_probe import linear_probe_top1
+from adala.evaluation.features import Features, collect_features, compare_features
+from adala.evaluation.linear_probe import fit_probe, linear_probe_top1
 from adala.export import (
     StudentDescription,
     build_head,
@@ -40,6 +40,7 @@ from adala.export import (
     read_description,
     save_student,
 )
+from adala.heads import ClassificationHead
 from adala.linearize import linearize
 from adala.optim import build_optimizer, freeze_except
 from adala.progress import MetricWriter, say
@@ -285,8 +286,28 @@ def build_stage(
         return FeatureAlignment(student, teacher, plan.config.loss)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        head = build_head(student, plan.config.num_classes, plan.config.pooling)
+        head = build_head(student, plan.config.num_classes, plan.config.pooling).to(device())
+    if plan.config.head_init == "probe":
+        fit_head(recipe, plan, student, teacher, head)
     return Finetuning(student, teacher, head, plan.config.label_smoothing, plan.config.freeze_backbone)
+
+
+def fit_head(
+    recipe: Recipe, plan: StagePlan, student: VisionTransformer, teacher: VisionTransformer, head: ClassificationHead
+) -> None:
+    """Starts the head as a linear probe on frozen features: gradients of a random head would first distort them.
+
+    Paper: arXiv 2202.10054 (LP-FT).
+    """
+    index = data_index(recipe, plan.sources)
+    batches = build_evaluation_loader(recipe, index, teacher, plan.config.head_init_samples, require_label=True)
+    features = collect_features(student.eval(), batches, plan.config.pooling)
+    normalized = Features(head.norm(features.values.to(device())).cpu(), features.labels)
+    # On rank 0 alone: L-BFGS would round differently on machines that differ.
+    fitted = fit_probe(normalized, plan.config.num_classes, recipe.evaluation.probe_l2) if rank() == 0 else None
+    weight, bias = broadcast_object(fitted)
+    head.linear.load_state_dict({"weight": weight, "bias": bias})
+    student.train()
 
 
 def _insert_adapters(student: VisionTransformer, lora: LoraSpec, seed: int) -> None:

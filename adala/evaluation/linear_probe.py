@@ -19,18 +19,25 @@ def linear_probe_top1(train: Features, held_out: Features, l2: float = 1e-3, max
         l2: Penalty on the weights.
         max_iterations: Of L-BFGS.
     """
-    mean, std = train.values.mean(0), train.values.std(0).clamp_min(1e-6)
-    weight, bias = fit_logistic_regression((train.values - mean) / std, train.labels, l2, max_iterations)
-    predicted = F.linear((held_out.values - mean) / std, weight, bias).argmax(-1)
+    num_classes = int(train.labels.max()) + 1
+    weight, bias = fit_probe(train, num_classes, l2, max_iterations)
+    predicted = F.linear(held_out.values, weight, bias).argmax(-1)
     return 100 * (predicted == held_out.labels).float().mean().item()
+
+
+def fit_probe(train: Features, num_classes: int, l2: float = 1e-3, max_iterations: int = 200) -> tuple[Tensor, Tensor]:
+    """Weight (classes, F) and bias (classes,) of a linear probe, to be applied to features as they are."""
+    mean, std = train.values.mean(0), train.values.std(0).clamp_min(1e-6)
+    inputs = (train.values - mean) / std
+    weight, bias = fit_logistic_regression(inputs, train.labels, num_classes, l2, max_iterations)
+    return weight / std, bias - F.linear(mean / std, weight)
 
 
 @torch.enable_grad()
 def fit_logistic_regression(
-    inputs: Tensor, labels: Tensor, l2: float = 1e-3, max_iterations: int = 200
+    inputs: Tensor, labels: Tensor, num_classes: int, l2: float = 1e-3, max_iterations: int = 200
 ) -> tuple[Tensor, Tensor]:
     """Weight (classes, F) and bias (classes,) that minimise penalised cross-entropy on ``inputs`` (n, F)."""
-    num_classes = int(labels.max()) + 1
     weight = torch.zeros(num_classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")

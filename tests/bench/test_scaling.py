@@ -1,0 +1,65 @@
+"""Arithmetic of the scaling and the loader bench, and the Slurm script with a stand-in for srun."""
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from loader import stream_rate
+from scaling import ScalingRow, fill_in_efficiency, plan, steady_rate
+
+from adala.config import load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_first_third_of_the_steps_is_left_out():
+    assert steady_rate([{"images_per_s": rate} for rate in (1, 2, 10, 11, 12, 13)]) == 11.5
+    with pytest.raises(ValueError, match="no training step"):
+        steady_rate([])
+
+
+def test_efficiency_is_against_the_fewest_ranks_of_the_same_stage():
+    rows = [ScalingRow(1, 1, 8, 10.0), ScalingRow(1, 2, 8, 15.0), ScalingRow(1, 4, 8, error="boom")]
+    rows += [ScalingRow(2, 2, 8, 8.0), ScalingRow(2, 4, 8, 16.0)]
+    fill_in_efficiency(rows)
+    assert [row.efficiency for row in rows] == [1.0, 0.75, None, 1.0, 1.0]
+
+
+def test_the_global_batch_stays_or_grows_with_the_ranks():
+    recipe = load_recipe("tiny")
+    assert {row.global_batch_size for row in plan(recipe, [1, 2, 4], [1, 2], grow=False)} == {64}
+    assert [row.global_batch_size for row in plan(recipe, [1, 2, 4], [1], grow=True)] == [64, 128, 256]
+    with pytest.raises(ValueError, match="does not divide over 3 ranks"):
+        plan(recipe, [3], [1], grow=False)
+
+
+def test_samples_are_counted_from_the_second_batch_on():
+    now = iter([0.0, 5.0, 5.0, 6.0, 7.0, 7.0])
+    batches = iter([{"id": ["x"] * 4}] * 10)
+    assert stream_rate(batches, 2.0, lambda: next(now)) == (4.0, 5.0)
+
+
+def test_the_slurm_script_starts_the_bench_once(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    srun.chmod(srun.stat().st_mode | stat.S_IEXEC)
+    # As Slurm does: a copy elsewhere, which finds the project by the folder of submission.
+    script = shutil.copy(ROOT / "launchers" / "slurm" / "bench.sbatch", tmp_path / "slurm_script")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment |= {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_CPUS_PER_TASK": "4",
+    }
+    done = subprocess.run(
+        ["bash", script, "--res", "64"], env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(ROOT))
+    assert done.stdout.rstrip().endswith("--cpus-per-task=4 python bench/run_all.py --res 64")
+    environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "has no bench/run_all.py" in done.stderr

@@ -1,0 +1,133 @@
+"""Rounds, ratios and crossovers on a clock that only moves when told."""
+
+import math
+
+import pytest
+import torch
+from timing import (
+    Crossover,
+    Runner,
+    crossover,
+    doubling_grids,
+    fastest_sdpa_backend,
+    interleave,
+    iterations_for,
+    percentile,
+    rounds_within,
+    speedup,
+    wall_clock,
+)
+
+
+class FakeClock:
+    """Seconds that pass only in :meth:`work`; the machine slows down by ``drift`` with every call."""
+
+    def __init__(self, drift: float = 1.0):
+        self.now, self.pace, self.drift = 0.0, 1.0, drift
+        self.order: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, name: str, seconds: float) -> Runner:
+        def call() -> None:
+            self.order.append(name)
+            self.now += seconds * self.pace
+            self.pace *= self.drift
+
+        return Runner(call)
+
+
+def test_every_round_times_every_case_and_begins_with_another():
+    clock = FakeClock()
+    cases = {name: clock.work(name, 1.0) for name in "abc"}
+    samples = interleave(cases, 4, dict.fromkeys("abc", 1), wall_clock(clock))
+    assert "".join(clock.order) == "abc" + "bca" + "cab" + "abc"
+    assert samples.seconds == {name: [1.0] * 4 for name in "abc"}
+
+
+def test_a_sample_is_the_mean_of_its_iterations():
+    clock = FakeClock()
+    samples = interleave({"a": clock.work("a", 0.25)}, 2, {"a": 8}, wall_clock(clock))
+    assert samples.seconds == {"a": [0.25, 0.25]} and len(clock.order) == 16
+
+
+def test_ratios_survive_a_machine_that_slows_down():
+    clock = FakeClock(drift=1.05)
+    cases = {
+        "softmax": clock.work("softmax", 2.0),
+        "other": clock.work("other", 1.0),
+        "third": clock.work("third", 4.0),
+    }
+    samples = interleave(cases, 30, dict.fromkeys(cases, 1), wall_clock(clock))
+    alone = percentile(samples.seconds["softmax"], 50) / samples.seconds["other"][0]
+    assert speedup(samples.seconds["softmax"], samples.seconds["other"]) == pytest.approx(2.0, rel=0.06)
+    assert alone > 10
+
+
+def test_a_case_that_fails_leaves_the_others_alone():
+    clock = FakeClock()
+    calls = []
+
+    def fails_at_third() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("boom")
+
+    cases = {"good": clock.work("good", 1.0), "bad": Runner(fails_at_third)}
+    samples = interleave(cases, 5, {"good": 1, "bad": 1}, wall_clock(clock))
+    assert samples.seconds["good"] == [1.0] * 5
+    assert samples.seconds["bad"][2:] == [None] * 3 and len(calls) == 3
+    assert str(samples.errors["bad"]) == "boom"
+
+
+def test_rounds_stop_when_told():
+    clock = FakeClock()
+    samples = interleave({"a": clock.work("a", 1.0)}, 100, {"a": 1}, wall_clock(clock), lambda done: clock.now >= 7)
+    assert samples.rounds == 7
+
+
+def test_the_budget_decides_how_many_rounds():
+    assert rounds_within(60, 10, 30) == 6
+    assert rounds_within(1, 10, 30) == 3
+    assert rounds_within(1000, 10, 30) == 30
+    assert rounds_within(1000, 10, 2) == 2
+    assert iterations_for(0.004) == math.ceil(0.05 / 0.004) and iterations_for(3.0) == 1
+
+
+def test_a_ratio_is_the_median_of_rounds_that_have_both():
+    assert speedup([2.0, 4.0, None, 9.0], [1.0, 1.0, 1.0, 3.0]) == 3.0
+    assert speedup([None], [1.0]) is None
+
+
+def test_percentiles():
+    assert [percentile([4, 1, 3, 2, 5], p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
+
+
+@pytest.mark.parametrize(
+    "points, expected",
+    [
+        ([(64, 0.5), (128, 2.0)], Crossover(64 * 2**0.5, "within")),
+        ([(64, 2.0), (128, 0.5), (256, 2.0)], Crossover(128 * 2**0.5, "within")),
+        ([(64, 0.5), (128, 0.9)], Crossover(None, "never")),
+        ([(64, 1.5), (128, 0.9)], Crossover(None, "never")),
+        ([(64, 1.0), (128, 1.9)], Crossover(None, "always")),
+        ([(64, None)], Crossover(None, "unknown")),
+        ([(64, 0.25), (128, None), (256, 4.0)], Crossover(128, "within")),
+    ],
+)
+def test_crossover(points, expected):
+    found = crossover(points)
+    assert found.kind == expected.kind
+    assert found.tokens == pytest.approx(expected.tokens)
+
+
+def test_grids_double():
+    grids = doubling_grids(1024)
+    assert [rows * columns for rows, columns in grids] == [64, 128, 256, 512, 1024]
+    assert all(columns in (rows, 2 * rows) for rows, columns in grids)
+
+
+def test_some_sdpa_backend_runs_on_this_machine():
+    q, k, v = torch.randn(3, 1, 2, 33, 8).unbind(0)
+    assert fastest_sdpa_backend(q, k, v, budget_s=0.01) in ("flash", "math", "efficient", "cudnn")
