@@ -111,6 +111,8 @@ class FeatureAlignmentConfig(StageConfig):
     """``mse`` as in the paper; ``normalized_mse`` is that over the target's variance."""
     trainable: Literal["all", "qkv"] = "all"
     """``qkv`` tunes the attention's Q, K, V only (the paper's ablation)."""
+    freeze: list[str] = dataclasses.field(default_factory=list)
+    """Student parameters that stay as they are, as patterns: ``["patch_embed.*"]``, say."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,23 @@ def freeze_except(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     return names
 
 
+def freeze_matching(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Freezes the parameters of ``module`` whose names match a pattern (fnmatch).
+
+    Raises:
+        ValueError: A pattern that matches nothing, or nothing left that trains.
+    """
+    names = dict(module.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ValueError(f"freeze: no parameter matches {pattern!r}; names are like {next(iter(names))!r}")
+        for name in matching:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ValueError(f"freeze: {', '.join(patterns)} leaves nothing to train")
+
+
 def build_optimizer(
     module: nn.Module,
     lr: float,

@@ -22,11 +22,7 @@ from pathlib import Path
 
 import torch
 
-from adala.config import load_recipe
-from adala.data import StreamState
-from adala.distributed import close_distributed, device, init_distributed
-from adala.optim import build_optimizer
-from adala.pipeline import (
+from adala.build import (
     build_engine,
     build_stage,
     build_teacher,
@@ -35,6 +31,10 @@ from adala.pipeline import (
     plan_stage,
     starting_student,
 )
+from adala.config import load_recipe
+from adala.data import StreamState
+from adala.distributed import close_distributed, device, init_distributed
+from adala.optim import build_optimizer
 from adala.progress import MetricWriter
 from adala.trainer import Trainer
 
@@ -87,7 +87,7 @@ def main() -> None:
         engine = build_engine(recipe, plan, build(starting_student(recipe, args.stage, teacher)[0], teacher))
         loader = build_train_loader(recipe, args.stage, plan, index, teacher, StreamState())
         writer = MetricWriter(Path(scratch) / "metrics", "trainer", args.steps, recipe.tensorboard)
-        trainer = Trainer(engine, config, lambda state: loader, None, writer, Path(scratch) / "checkpoints")
+        trainer = Trainer(engine, config, lambda state: loader, None, writer, Path(scratch) / "checkpoints", {})
         streamed = iter(loader)
         in_memory = cycle(
             list(islice(iter(build_train_loader(recipe, args.stage, plan, index, teacher, StreamState())), 8))

@@ -12,6 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 LAYERS: list[set[str]] = [
     {"launchers", "bench"},
     {"adala.pipeline"},
+    {"adala.build"},
     {"adala.trainer", "adala.report"},
     {"adala.checkpoint", "adala.export"},
     {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},

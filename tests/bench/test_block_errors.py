@@ -17,7 +17,7 @@ from adala.evaluation.features import compare_features
 from adala.export import save_student
 from adala.linearize import linearize
 from adala.losses import mean_cosine, relative_error
-from adala.pipeline import build_teacher, describe_student, run_folder
+from adala.build import build_teacher, describe_student, run_folder
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "block_errors.py"
 

@@ -6,10 +6,11 @@ Run by test_conversions.py through the DeepSpeed launcher; the last argument is 
 import sys
 
 from adala.attention import mechanism_names, resolve_mechanism
+from adala.build import conversion_of
 from adala.config import load_recipe
 from adala.conversion import STAGE_NAMES
 from adala.distributed import close_distributed, init_distributed
-from adala.pipeline import conversion_of, run_stage
+from adala.pipeline import run_stage
 
 OVERRIDES = [
     "--tensorboard=false",

@@ -57,9 +57,10 @@ def test_zero_agrees_with_plain_pytorch(plain, results, zero: str, accumulation:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_bf16_follows_plain_pytorch(plain, results, accumulation: int) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_bf16_follows_plain_pytorch(plain, results, precision: str, accumulation: int) -> None:
     name, expected = plain
-    found = results[f"{name}/zero1_bf16/{accumulation}"]
+    found = results[f"{name}/zero1_{precision}/{accumulation}"]
     gradients = [key for key in expected if key.startswith("gradient/")]
     ours = torch.cat([found[key].flatten() for key in gradients])
     theirs = torch.cat([expected[key].flatten() for key in gradients])

@@ -74,7 +74,7 @@ def main() -> None:
     init_distributed()
     results = {}
     for name in ("attention_alignment", "feature_alignment"):
-        for zero in ("zero0", "zero1", "zero2", "zero3", "zero1_bf16"):
+        for zero in ("zero0", "zero1", "zero2", "zero3", "zero1_bf16", "zero1_autocast"):
             for accumulation in (1, 2):
                 results[f"{name}/{zero}/{accumulation}"] = run(name, zero, accumulation)
     if rank() == 0:
