@@ -25,7 +25,7 @@ from adala.conversion import STAGE_NAMES
 from adala.distributed import barrier, device, raise_together, rank
 from adala.engine import Engine
 from adala.evaluation.classification import classifier_top1
-from adala.evaluation.features import collect_features, compare_features
+from adala.evaluation.features import FeatureCollector, collect_features, compare_features
 from adala.evaluation.linear_probe import linear_probe_top1
 from adala.export import (
     StudentDescription,
@@ -149,14 +149,16 @@ def score_run(recipe: Recipe) -> list[ReportRow]:
     labelled = all("label" in next(iter(loader())) for loader in (probe, held_out))
     rows = []
     for name, student in students.items():
-        cosine = compare_features(student, teacher, held_out())["feature_cosine"]
+        probed = labelled and name != "stage 3"
+        collector = FeatureCollector(student, FEATURE_POOLING) if probed else None
+        cosine = compare_features(student, teacher, held_out(), collector)["feature_cosine"]
         top1 = None
         if name == "stage 3":
             classifier = load_classifier(run.stage(3)).to(device())
             top1 = classifier_top1(classifier, held_out(), recipe.stage3.num_classes)
-        elif labelled:
-            features = [collect_features(student, loader(), FEATURE_POOLING) for loader in (probe, held_out)]
-            top1 = linear_probe_top1(*features, l2=config.probe_l2)
+        elif probed:
+            fitted_on = collect_features(student, probe(), FEATURE_POOLING)
+            top1 = linear_probe_top1(fitted_on, collector.gathered(), l2=config.probe_l2)
         rows.append(ReportRow(name, None if top1 is None else round(top1, 2), round(cosine, 5)))
         say(f"scored {name}: top-1 {'-' if top1 is None else f'{top1:.2f} %'}, feature cosine {cosine:.4f}")
     return rows

@@ -29,6 +29,31 @@ class Features:
     labels: Tensor
 
 
+class FeatureCollector:
+    """Gathers pooled features and labels batch by batch; :meth:`gathered` joins those of all ranks."""
+
+    def __init__(self, model: VisionTransformer, pooling: Pooling):
+        self._model, self._pooling = model, pooling
+        self._values: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, tokens: Tensor, batch: Mapping[str, Any]) -> None:
+        """Takes the features (B, N, D) of a batch.
+
+        Raises:
+            ValueError: The batch has no labels.
+        """
+        if "label" not in batch:
+            raise ValueError("a linear probe needs labels: its shards have no .cls files")
+        prefix, has_class_token = self._model.num_prefix_tokens, self._model.has_class_token
+        self._values.append(pool_tokens(tokens.float(), prefix, self._pooling, has_class_token).cpu())
+        self._labels.append(batch["label"])
+
+    def gathered(self) -> Features:
+        parts = gather_objects((torch.cat(self._values), torch.cat(self._labels)))
+        return Features(torch.cat([values for values, _ in parts]), torch.cat([labels for _, labels in parts]))
+
+
 @torch.no_grad()
 def collect_features(model: VisionTransformer, batches: Iterable[Mapping[str, Any]], pooling: Pooling) -> Features:
     """Pooled features and labels of every sample that the ranks' ``batches`` hold; the same on every rank.
@@ -36,46 +61,38 @@ def collect_features(model: VisionTransformer, batches: Iterable[Mapping[str, An
     Raises:
         ValueError: A batch without labels.
     """
-    values, labels = [], []
+    collector = FeatureCollector(model, pooling)
     for batch in batches:
-        if "label" not in batch:
-            raise ValueError("a linear probe needs labels: its shards have no .cls files")
-        tokens = model(batch["image"].to(device()))
-        pooled = pool_tokens(tokens.float(), model.num_prefix_tokens, pooling, model.has_class_token)
-        values.append(pooled.cpu())
-        labels.append(batch["label"])
-    gathered = gather_objects((torch.cat(values), torch.cat(labels)))
-    return Features(torch.cat([v for v, _ in gathered]), torch.cat([label for _, label in gathered]))
+        collector.add(model(batch["image"].to(device())), batch)
+    return collector.gathered()
 
 
 @torch.no_grad()
 def compare_features(
-    student: VisionTransformer, teacher: VisionTransformer, batches: Iterable[Mapping[str, Any]]
+    student: VisionTransformer,
+    teacher: VisionTransformer,
+    batches: Iterable[Mapping[str, Any]],
+    collector: FeatureCollector | None = None,
 ) -> dict[str, float]:
     """How close a student's final features are to its teacher's, over all ranks' batches.
+
+    Args:
+        student: Any model that gives (B, N, D).
+        teacher: What it is compared with.
+        batches: This rank's part of the data.
+        collector: Gets the student's features as well, so that a probe needs no second pass over the data.
 
     Returns:
         ``feature_cosine`` (mean over all tokens), ``patch_cosine``, ``cls_cosine`` (without a class token absent) and
         ``relative_error`` (root of summed squared differences over root of summed squared teacher features).
     """
-    prefix = student.num_prefix_tokens
     sums = torch.zeros(8, dtype=torch.float64, device=device())
     for batch in batches:
         images = batch["image"].to(device())
         ours, theirs = student(images).float(), teacher(images).float()
-        cosine = F.cosine_similarity(ours, theirs, dim=-1).double()
-        sums += torch.stack(
-            [
-                cosine.sum(),
-                torch.tensor(cosine.numel(), device=device()),
-                cosine[:, prefix:].sum(),
-                torch.tensor(cosine[:, prefix:].numel(), device=device()),
-                cosine[:, 0].sum(),
-                torch.tensor(len(cosine), device=device()),
-                (ours - theirs).double().square().sum(),
-                theirs.double().square().sum(),
-            ]
-        )
+        sums += _comparison_sums(ours, theirs, student.num_prefix_tokens)
+        if collector is not None:
+            collector.add(ours, batch)
     total = all_reduce_sum(sums).tolist()
     metrics = {
         "feature_cosine": total[0] / total[1],
@@ -83,3 +100,11 @@ def compare_features(
         "relative_error": (total[6] / total[7]) ** 0.5,
     }
     return metrics | ({"cls_cosine": total[4] / total[5]} if student.has_class_token else {})
+
+
+def _comparison_sums(ours: Tensor, theirs: Tensor, prefix: int) -> Tensor:
+    """Cosines summed and counted over all tokens, patches and first tokens; squares of differences and of features."""
+    cosine = F.cosine_similarity(ours, theirs, dim=-1).double()
+    parts = (cosine, cosine[:, prefix:], cosine[:, 0])
+    counted = [value for part in parts for value in (part.sum(), cosine.new_tensor(part.numel()))]
+    return torch.stack([*counted, (ours - theirs).double().square().sum(), theirs.double().square().sum()])
