@@ -16,6 +16,7 @@ from report import (
     page,
     read_results,
     to_json,
+    verdict,
     write_report,
 )
 
@@ -87,6 +88,15 @@ def test_the_answer_in_words(results):
     assert "linear (AdaLA) from about 513 tokens (362 px)" in size and "monarch never in the range" in size
     assert any("--accuracy" in sentence for sentence in said)
     assert said[-1] == "Without a result: monarch at 512 px (out of memory)."
+
+
+def test_the_verdict_is_one_sentence(results):
+    assert verdict(results).startswith("Yes, from about 513 tokens (362 px) on; below that softmax is the faster one")
+    assert "at its best 2.00 times" in verdict(results)
+    results.crossover = [CrossoverRow("linear", "network", "never", None, 65, 257)]
+    assert verdict(results).startswith("No, at no size measured")
+    assert verdict(Results({})) == "No linear mechanism was compared with softmax in this run."
+    assert markdown(results).splitlines()[2].startswith("**No, at no size")
 
 
 def test_a_sweep_replaces_the_interpolation(results):

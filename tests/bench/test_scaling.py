@@ -29,7 +29,7 @@ def test_efficiency_is_against_the_fewest_ranks_of_the_same_stage():
 
 
 def test_the_global_batch_stays_or_grows_with_the_ranks():
-    recipe = load_recipe("tiny")
+    recipe = load_recipe("tiny", ["--stage2.global_batch_size", "64"])
     assert {row.global_batch_size for row in plan(recipe, [1, 2, 4], [1, 2], grow=False)} == {64}
     assert [row.global_batch_size for row in plan(recipe, [1, 2, 4], [1], grow=True)] == [64, 128, 256]
     with pytest.raises(ValueError, match="does not divide over 3 ranks"):

@@ -1,0 +1,191 @@
+"""What each mechanism keeps of its teacher: every one adapted with the same data, budget and seed, and scored."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from report import AccuracyRow
+from timm.models.vision_transformer import VisionTransformer
+
+from adala.attention import resolve_mechanism
+from adala.build import build_evaluation_loader, build_teacher, data_index, run_folder
+from adala.config import Recipe, load_recipe
+from adala.conversion import ADALA, STAGE_NAMES, Conversion
+from adala.data import EvaluationLoader
+from adala.distributed import device
+from adala.evaluation.classification import classifier_top1
+from adala.evaluation.features import collect_features, compare_features
+from adala.evaluation.linear_probe import linear_probe_top1
+from adala.export import load_classifier, load_student
+from adala.pipeline import FEATURE_POOLING
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def conversions_of(mechanism: str) -> dict[str, Conversion]:
+    """ViT-AdaLA's stages, and the authors' own conversion where the mechanism has one."""
+    native = getattr(resolve_mechanism(mechanism), "native_conversion", None)
+    return {"adala": ADALA} | ({"native": native} if native is not None else {})
+
+
+def divide_images(recipe: Recipe, conversion: Conversion, total: int) -> dict[int, int]:
+    """Optimizer steps by stage number such that all stages together see ``total`` images, to within half a batch each.
+
+    The stages of the conversion share them in the proportions that they have in the recipe.
+
+    Raises:
+        ValueError: Not even one batch for each stage.
+    """
+    numbers = [number for number, name in STAGE_NAMES.items() if conversion.step(name) is not None]
+    batches = {number: recipe.stage(number).global_batch_size for number in numbers}
+    if total < sum(batches.values()):
+        raise ValueError(f"{total} images are fewer than one batch for each of {len(numbers)} stages")
+    weights = {number: recipe.stage(number).steps * batches[number] for number in numbers}
+    return {
+        number: max(1, round(total * weights[number] / sum(weights.values()) / batches[number])) for number in numbers
+    }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all adaptations share.
+
+    Attributes:
+        recipe_name: Name or path of the recipe.
+        overrides: Of the recipe, as on the training command's line.
+        folder: Where the runs lie.
+        total_images: Training images of one adaptation.
+    """
+
+    recipe_name: str
+    overrides: tuple[str, ...]
+    folder: Path
+    total_images: int
+
+    def arguments(self, mechanism: str, name: str) -> list[str]:
+        """Overrides of one adaptation."""
+        own = ["--mechanism", mechanism, "--conversion", name, "--run_name", f"{mechanism}-{name}"]
+        return [*own, "--runs_dir", str(self.folder), "--tensorboard", "false", *self.overrides]
+
+    def recipe(self, mechanism: str = "linear", name: str = "adala") -> Recipe:
+        return load_recipe(self.recipe_name, self.arguments(mechanism, name))
+
+
+def train_stage(bench: Bench, mechanism: str, name: str, number: int, steps: int) -> None:
+    """Runs the training command for one stage.
+
+    Raises:
+        ValueError: It failed; the message is its own.
+    """
+    command = [sys.executable, str(PROJECT / "launchers" / "train.py"), "--recipe", bench.recipe_name]
+    command += ["--stage", str(number), "--overwrite", *bench.arguments(mechanism, name)]
+    command += [f"--stage{number}.steps", str(steps)]
+    # Left over from a launcher, they would make the command wait for other ranks.
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    if done.returncode:
+        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        telling = [line for line in said if line.startswith("error:")] or said or ["no output"]
+        raise ValueError(f"stage {number}: {telling[-1]} (exit code {done.returncode})")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores models on the recipe's held-out split, all of it."""
+
+    recipe: Recipe
+    teacher: VisionTransformer
+
+    def held_out(self) -> EvaluationLoader:
+        return build_evaluation_loader(self.recipe, data_index(self.recipe, self.recipe.data.val), self.teacher)
+
+    def probe_top1(self, model: VisionTransformer) -> float:
+        """Top-1 in percent of a linear probe on frozen features."""
+        config = self.recipe.evaluation
+        index = data_index(self.recipe, config.probe_train or self.recipe.data.train)
+        training = build_evaluation_loader(self.recipe, index, self.teacher, config.probe_samples)
+        features = [collect_features(model, loader, FEATURE_POOLING) for loader in (training, self.held_out())]
+        return linear_probe_top1(*features, l2=config.probe_l2)
+
+    def cosine(self, model: VisionTransformer) -> float:
+        return compare_features(model, self.teacher, self.held_out())["feature_cosine"]
+
+
+def adapt(bench: Bench, scorer: Scorer, row: AccuracyRow, conversion: Conversion) -> None:
+    """Trains all stages of a row and fills in its scores.
+
+    Raises:
+        ValueError: A stage failed.
+    """
+    recipe = bench.recipe(row.mechanism, row.conversion)
+    steps = divide_images(recipe, conversion, bench.total_images)
+    row.steps = {str(number): count for number, count in steps.items()}
+    row.images_seen = sum(count * recipe.stage(number).global_batch_size for number, count in steps.items())
+    run = run_folder(recipe)
+    for number in (1, 2, 3):
+        # A stage would start from what an earlier bench left behind.
+        run.remove_stage(number)
+    for number, count in steps.items():
+        train_stage(bench, row.mechanism, row.conversion, number, count)
+    if 2 in steps:
+        aligned = load_student(run.stage(2)).to(device())
+        row.aligned_top1, row.aligned_cosine = scorer.probe_top1(aligned), scorer.cosine(aligned)
+    classifier = load_classifier(run.stage(3)).to(device())
+    row.top1 = classifier_top1(classifier, scorer.held_out(), recipe.stage3.num_classes)
+    row.feature_cosine = scorer.cosine(classifier.student)
+    if row.teacher_top1:
+        row.kept = row.top1 / row.teacher_top1
+
+
+def measure_accuracy(
+    recipe_name: str, mechanisms: Sequence[str], total_images: int, folder: Path, overrides: Sequence[str] = ()
+) -> list[AccuracyRow]:
+    """Adapts every mechanism under AdaLA's stages and natively; a run that fails is a row with its error.
+
+    Softmax goes through AdaLA's stages too: what it loses or gains there is not the attention's doing.
+
+    Args:
+        recipe_name: Name or path of the recipe; it must have labels.
+        mechanisms: Their names.
+        total_images: Training images of one adaptation, over all its stages.
+        folder: Where the runs lie.
+        overrides: Of the recipe, as ``key=value``.
+
+    Raises:
+        ValueError: The recipe cannot be read, or its teacher or data are not there.
+    """
+    arguments = tuple(part for text in overrides for part in (f"--{text.partition('=')[0]}", text.partition("=")[2]))
+    bench = Bench(recipe_name, arguments, folder.resolve(), total_images)
+    recipe = bench.recipe()
+    say = partial(print, flush=True)
+    teacher = build_teacher(recipe)
+    scorer = Scorer(recipe, teacher)
+    teacher_top1 = scorer.probe_top1(teacher)
+    say(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %")
+    rows = []
+    for mechanism in mechanisms:
+        for name, conversion in conversions_of(mechanism).items():
+            row = AccuracyRow(mechanism, name, teacher_top1=teacher_top1)
+            rows.append(row)
+            started = time.monotonic()
+            try:
+                adapt(bench, scorer, row, conversion)
+            except (ValueError, RuntimeError, OSError) as error:
+                row.error = " ".join(str(error).split())
+            row.seconds = round(time.monotonic() - started, 1)
+            scores = f"top-1 {row.top1} %, cosine {row.feature_cosine}"
+            say(f"accuracy: {mechanism:>14} {name:>6}  {row.error or scores}  [{row.seconds:.0f} s]")
+    return rows

@@ -1,0 +1,135 @@
+"""The pictures of a bench report, as SVG text."""
+
+import io
+from collections.abc import Callable, Sequence
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+# Softmax and the ceiling are what everything is held against: black, and grey dashes. AdaLA's own mechanism is thick.
+STYLES: dict[str, dict] = {
+    "softmax": {"color": "black", "linewidth": 2.4, "marker": "o"},
+    "linear": {"color": "#c8102e", "linewidth": 2.4, "marker": "o"},
+    "hedgehog": {"color": "#1f77b4", "marker": "s"},
+    "lolcats": {"color": "#17becf", "marker": "s", "linestyle": "--"},
+    "linformer": {"color": "#2ca02c", "marker": "^"},
+    "performer": {"color": "#ff7f0e", "marker": "v"},
+    "cosformer": {"color": "#8c564b", "marker": "D"},
+    "nystromformer": {"color": "#9467bd", "marker": "P"},
+    "monarch": {"color": "#e377c2", "marker": "X"},
+    "none": {"color": "#888888", "linewidth": 2.0, "marker": "o", "linestyle": ":"},
+}
+LABELS = {"linear": "linear (AdaLA)", "none": "none (ceiling)"}
+# Mechanism, and its points (tokens, value).
+Lines = dict[str, list[tuple[float, float]]]
+
+
+def draw(fill: Callable[[Axes], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
+    """One picture as SVG; letters are drawn as curves, so that it looks the same everywhere."""
+    with rc_context({"font.size": 11, "svg.hashsalt": "adala", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        fill(figure.subplots())
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def draw_lines(lines: Lines, ylabel: str, level: float | None = None, logarithmic: bool = True) -> str:
+    """Values against tokens, one line a mechanism, named at its end.
+
+    Args:
+        lines: By mechanism.
+        ylabel: What the values are, with their unit.
+        level: A value that is marked by a horizontal line.
+        logarithmic: Scale of the values; that of the tokens always is.
+    """
+
+    def fill(axis: Axes) -> None:
+        for name, points in lines.items():
+            style = {"linewidth": 1.4, "markersize": 5} | STYLES.get(name, {})
+            axis.plot(*zip(*sorted(points), strict=True), label=LABELS.get(name, name), **style)
+        counts = sorted({tokens for points in lines.values() for tokens, _ in points})
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(counts))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if logarithmic:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axis)))
+        else:
+            axis.set_ylim(bottom=0)
+        if level is not None:
+            axis.axhline(level, color="black", linewidth=0.8, alpha=0.6)
+        axis.set_xlabel("tokens of one image (log scale)")
+        axis.set_ylabel(ylabel)
+        axis.grid(alpha=0.25, which="both")
+        # The order of the legend is that of the lines' ends.
+        handles, labels = axis.get_legend_handles_labels()
+        last = [sorted(points)[-1][1] for points in lines.values()]
+        order = sorted(range(len(labels)), key=lambda index: -last[index])
+        axis.legend(
+            [handles[i] for i in order],
+            [labels[i] for i in order],
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            frameon=False,
+        )
+
+    return draw(fill)
+
+
+def _minor_label(axis: Axes) -> Callable[[float, int], str]:
+    """Labels 2 and 5 of each decade too, where less than two decades are shown."""
+
+    def label(value: float, _: int) -> str:
+        low, high = axis.get_ylim()
+        leading = float(f"{value:e}".partition("e")[0])
+        return f"{value:g}" if high < 100 * low and round(leading, 6) in (2, 3, 5) else ""
+
+    return label
+
+
+def draw_scatter(points: dict[tuple[str, str], tuple[float, float]], xlabel: str, ylabel: str) -> str:
+    """One point for each (mechanism, conversion), filled for ``adala``, hollow for ``native``, joined by a line."""
+
+    def fill(axis: Axes) -> None:
+        for (name, conversion), (x, y) in points.items():
+            style = STYLES.get(name, {})
+            color = style.get("color", "black")
+            face = color if conversion == "adala" else "white"
+            axis.plot(
+                x, y, style.get("marker", "o"), color=color, markerfacecolor=face, markersize=9, markeredgewidth=1.6
+            )
+            if (name, "native") in points and conversion == "adala":
+                axis.plot([x, x], [y, points[name, "native"][1]], color=color, linewidth=0.8, alpha=0.6)
+        for (name, conversion), (x, y) in points.items():
+            if conversion == "adala" or (name, "adala") not in points:
+                text = LABELS.get(name, name)
+                axis.annotate(text, (x, y), xytext=(8, 4), textcoords="offset points", fontsize=9.5)
+        axis.plot([], [], "o", color="#555555", label="AdaLA's stages")
+        axis.plot([], [], "o", color="#555555", markerfacecolor="white", label="its authors' conversion")
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.margins(x=0.16, y=0.12)
+        axis.grid(alpha=0.25)
+        axis.legend(loc="best", frameon=False)
+
+    return draw(fill)
+
+
+def draw_stack(names: Sequence[str], below: Sequence[float], above: Sequence[float], xlabel: str) -> str:
+    """Horizontal bars of two parts: weights, and activations on top of them."""
+
+    def fill(axis: Axes) -> None:
+        labels = [LABELS.get(name, name) for name in names][::-1]
+        below_up, above_up = below[::-1], above[::-1]
+        axis.barh(labels, below_up, color="#b8c4d0", label="weights")
+        bars = axis.barh(labels, above_up, left=below_up, color="#c8102e", alpha=0.75, label="activations")
+        axis.bar_label(bars, [f"{a:,.0f} + {b:,.0f}" for a, b in zip(below_up, above_up, strict=True)], padding=4)
+        axis.set_xlabel(xlabel)
+        axis.margins(x=0.18)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
+
+    return draw(fill, (8.0, 0.36 * len(names) + 1.5))

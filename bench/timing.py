@@ -1,0 +1,427 @@
+"""The clock: interleaved rounds, ratios within a round, energy, and the conditions that a number depends on.
+
+Shapes: B batch, H heads, N tokens, d head dim.
+"""
+
+import contextlib
+import datetime
+import math
+import os
+import platform
+import subprocess
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adala.stages import FeatureAlignment
+
+LEAST_ROUNDS = 3
+# A sample shorter than this says more about the clock and the scheduler than about the case.
+SHORTEST_SAMPLE_S = 0.05
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# Above so many bytes the N x N matrix of the `math` backend is not even tried.
+LARGEST_MAP_BYTES = 2**31
+
+Call = Callable[[], Any]
+# (what to call, how often) -> seconds a call.
+Measure = Callable[["Runner", int], float]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Something to be timed.
+
+    Attributes:
+        call: Does it once.
+        context: What it is called in, entered before the clock starts.
+    """
+
+    call: Call
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+    def __call__(self) -> Any:
+        with self.context():
+            return self.call()
+
+
+def wall_clock(clock: Callable[[], float] = time.perf_counter) -> Measure:
+    """Measures on the host, for devices that finish before they return."""
+
+    def measure(runner: Runner, iterations: int) -> float:
+        with runner.context():
+            started = clock()
+            for _ in range(iterations):
+                runner.call()
+            return (clock() - started) / iterations
+
+    return measure
+
+
+def cuda_events(device: torch.device) -> Measure:
+    """Measures on the GPU, between two events around all iterations: time in which it waits for the host counts."""
+
+    def measure(runner: Runner, iterations: int) -> float:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with runner.context(), torch.cuda.device(device):
+            torch.cuda.synchronize(device)
+            first.record()
+            for _ in range(iterations):
+                runner.call()
+            last.record()
+            torch.cuda.synchronize(device)
+        return first.elapsed_time(last) / 1000 / iterations
+
+    return measure
+
+
+def measure_for(device: torch.device) -> Measure:
+    return cuda_events(device) if device.type == "cuda" else wall_clock()
+
+
+@dataclass
+class Samples:
+    """What interleaved rounds gave.
+
+    Attributes:
+        seconds: A value for each round of each case, None from the round on in which it failed.
+        errors: What a case failed with.
+        rounds: How many there were.
+    """
+
+    seconds: dict[str, list[float | None]]
+    errors: dict[str, Exception] = field(default_factory=dict)
+    rounds: int = 0
+
+
+def interleave(
+    cases: Mapping[str, Runner],
+    rounds: int,
+    iterations: Mapping[str, int],
+    measure: Measure,
+    stop: Callable[[int], bool] = lambda done: False,
+) -> Samples:
+    """Times every case once a round, each round beginning with another case, so that a drifting machine hits all alike.
+
+    Args:
+        cases: By name.
+        rounds: How many at most.
+        iterations: Calls of a case in one round.
+        measure: Times one case.
+        stop: Called with the number of rounds done before another begins.
+    """
+    samples = Samples({name: [] for name in cases})
+    names = list(cases)
+    while samples.rounds < rounds and not stop(samples.rounds):
+        first = samples.rounds % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            seconds = None
+            if name not in samples.errors:
+                try:
+                    seconds = measure(cases[name], iterations[name])
+                except Exception as error:
+                    samples.errors[name] = error
+            samples.seconds[name].append(seconds)
+        samples.rounds += 1
+    return samples
+
+
+def speedup(baseline: Sequence[float | None], case: Sequence[float | None]) -> float | None:
+    """How many times faster ``case`` is than ``baseline``: the median over rounds of their ratio within a round."""
+    ratios = [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
+    return median(ratios) if ratios else None
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linearly interpolated between the sorted values."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def iterations_for(seconds: float, shortest_s: float = SHORTEST_SAMPLE_S) -> int:
+    """Calls that a sample is made of, for a case that takes ``seconds``."""
+    return max(1, math.ceil(shortest_s / max(seconds, 1e-9)))
+
+
+def rounds_within(budget_s: float, round_s: float, most: int) -> int:
+    """Rounds that fit into a budget, but never fewer than :data:`LEAST_ROUNDS`, and never more than ``most``."""
+    return max(min(LEAST_ROUNDS, most), min(most, int(budget_s / max(round_s, 1e-9))))
+
+
+def forward_runner(call: Call, sdpa_backend: str | None = None) -> Runner:
+    """``call`` without gradients, softmax's kernel pinned where there is one to pin."""
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with torch.inference_mode(), pinned_sdpa(sdpa_backend):
+            yield
+
+    return Runner(call, context)
+
+
+def pinned_sdpa(backend: str | None) -> AbstractContextManager:
+    """Only this backend of scaled_dot_product_attention, which then fails where it cannot run; None leaves them all."""
+    return contextlib.nullcontext() if backend is None else sdpa_kernel(SDPA_BACKENDS[backend])
+
+
+def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5) -> str:
+    """The backend that takes least time over these very inputs (B, H, N, d): softmax is to be at its best."""
+    measure, taken = measure_for(q.device), {}
+    for name in SDPA_BACKENDS:
+        batch, heads, num_tokens, _ = q.shape
+        if name == "math" and taken and batch * heads * num_tokens**2 * q.element_size() > LARGEST_MAP_BYTES:
+            continue
+
+        def call(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        runner = forward_runner(call, name)
+        try:
+            with warnings.catch_warnings():
+                # PyTorch explains at length why a backend cannot run.
+                warnings.simplefilter("ignore")
+                measure(runner, 1)
+                once = measure(runner, 1)
+                more = min(20, 1 + int(budget_s / max(once, 1e-6)))
+                taken[name] = min(once, *(measure(runner, 1) for _ in range(more)))
+        except RuntimeError:
+            # Not for this device, dtype or size.
+            continue
+    if not taken:
+        raise RuntimeError(f"no backend of scaled_dot_product_attention takes {tuple(q.shape)} in {q.dtype}")
+    return min(taken, key=taken.get)
+
+
+def compiled(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
+    """The model under torch.compile, with a cache of its own.
+
+    torch.compile keeps what it compiled at the code object of the function: ten networks through one function would
+    search each other's entries at every call, and fall back to eager at the eighth.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        return model(images)
+
+    own = types.FunctionType(
+        forward.__code__.replace(co_name="forward_of_one_case"),
+        forward.__globals__,
+        closure=forward.__closure__,
+    )
+    return torch.compile(own, mode=None if mode == "default" else mode, dynamic=False)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """float32 that is float32 on a GPU as well, in matrix products and convolutions."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv if _has_new_switches() else torch.backends.cudnn)
+    name, exact = ("fp32_precision", "ieee") if _has_new_switches() else ("allow_tf32", False)
+    before = [getattr(backend, name) for backend in backends]
+    for backend in backends:
+        setattr(backend, name, exact)
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
+
+
+def _has_new_switches() -> bool:
+    return hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(torch.backends.cudnn, "conv")
+
+
+def train_runner(student: VisionTransformer, teacher: VisionTransformer, images: Tensor, lr: float = 1e-5) -> Runner:
+    """One Stage 2 step in plain PyTorch: frozen teacher, student, loss on all tokens, backward, AdamW."""
+    stage = FeatureAlignment(student.requires_grad_(True).train(), teacher).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
+
+    def step() -> None:
+        stage({"image": images})["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Runner(step)
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """From how many tokens on a mechanism beats softmax.
+
+    Attributes:
+        tokens: Interpolated on log scales between the counts measured; None unless ``kind`` is ``within``.
+        kind: ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements.
+    """
+
+    tokens: float | None
+    kind: Literal["within", "always", "never", "unknown"]
+
+
+def crossover(points: Sequence[tuple[int, float | None]]) -> Crossover:
+    """Where the ratio to softmax reaches 1 for good.
+
+    Args:
+        points: Tokens and how many times faster than softmax, None where that could not be measured.
+    """
+    known = sorted((tokens, ratio) for tokens, ratio in points if ratio is not None and ratio > 0)
+    if not known:
+        return Crossover(None, "unknown")
+    slower = [index for index, (_, ratio) in enumerate(known) if ratio < 1]
+    if not slower:
+        return Crossover(None, "always")
+    last = slower[-1]
+    if last == len(known) - 1:
+        return Crossover(None, "never")
+    (tokens, ratio), (next_tokens, next_ratio) = known[last], known[last + 1]
+    share = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
+    return Crossover(math.exp(math.log(tokens) + share * math.log(next_tokens / tokens)), "within")
+
+
+def doubling_grids(most_tokens: int, least_tokens: int = 64) -> list[tuple[int, int]]:
+    """Patch grids (rows, columns), each twice the last, square or twice as wide as high."""
+    grids, rows, columns = [], 8, 8
+    while rows * columns <= most_tokens:
+        if rows * columns >= least_tokens:
+            grids.append((rows, columns))
+        rows, columns = (rows, 2 * columns) if rows == columns else (2 * rows, columns)
+    return grids
+
+
+class Nvml:
+    """NVIDIA's management library for one GPU; every answer is None where it gives none."""
+
+    def __init__(self, device: torch.device):
+        self._nvml = self._handle = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(name.encode())
+            self._nvml = pynvml
+        except Exception:
+            # No library, no permission, a part of a GPU: a number that is missing, not a failure of the bench.
+            self._nvml = self._handle = None
+
+    def ask(self, function: str) -> Any:
+        """What ``pynvml.<function>(handle)`` returns."""
+        if self._nvml is None:
+            return None
+        try:
+            return getattr(self._nvml, function)(self._handle)
+        except Exception:
+            return None
+
+    @property
+    def driver(self) -> str | None:
+        if self._nvml is None:
+            return None
+        version = self._nvml.nvmlSystemGetDriverVersion()
+        return version.decode() if isinstance(version, bytes) else version
+
+    @property
+    def energy_mj(self) -> int | None:
+        """Energy drawn since the driver was loaded, in millijoules."""
+        return self.ask("nvmlDeviceGetTotalEnergyConsumption")
+
+
+def process_memory_mib(device: torch.device) -> float | None:
+    """Memory of the GPU that NVML books on this process, in MiB; None where it does not say."""
+    processes = Nvml(device).ask("nvmlDeviceGetComputeRunningProcesses") or []
+    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+    return own[0] / 2**20 if own and own[0] is not None else None
+
+
+def energy_mj_per_image(
+    runner: Runner, batch: int, seconds: float, nvml: Nvml, device: torch.device, window_s: float = 2.0
+) -> float | None:
+    """Energy of the whole GPU over at least ``window_s`` of nothing but this case, in millijoules an image.
+
+    NVML's counter moves about ten times a second, so that the window must be long against that.
+    """
+    if nvml.energy_mj is None:
+        return None
+    iterations = max(1, math.ceil(window_s / seconds))
+    torch.cuda.synchronize(device)
+    before = nvml.energy_mj
+    measure_for(device)(runner, iterations)
+    after = nvml.energy_mj
+    return None if before is None or after is None else (after - before) / (iterations * batch)
+
+
+def bfloat16_pays_on_cpu() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32 ones; without instructions for it not.
+
+    A linear layer of ViT-S at 512 px: twice as fast or several times slower, so that the answer does not waver.
+    """
+    taken = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(1025, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
+        runner = Runner(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))
+        taken[dtype] = min(wall_clock()(runner, 1) for _ in range(5))
+    return taken[torch.bfloat16] < 0.8 * taken[torch.float32]
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Device, versions, threads and precision switches, as they are recorded beside the numbers."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device_type": device.type,
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "driver": Nvml(device).driver,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the project, with ``+`` where files differ from it; None outside a checkout."""
+    project = Path(__file__).resolve().parent.parent
+    said = []
+    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"]):
+        try:
+            done = subprocess.run(["git", *command], cwd=project, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        if done.returncode:
+            return None
+        said.append(done.stdout.strip())
+    return said[0] + ("+" if said[1] else "")
