@@ -97,5 +97,5 @@ def _build_bar() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=Console(),
+        console=Console(highlight=False),
     )

@@ -168,6 +168,8 @@ def measure_accuracy(
         ValueError: The recipe cannot be read, or its teacher or data are not there.
     """
     arguments = tuple(part for text in overrides for part in (f"--{text.partition('=')[0]}", text.partition("=")[2]))
+    # The training command runs in the project's folder, where a relative path would mean another file.
+    recipe_name = str(Path(recipe_name).resolve()) if recipe_name.endswith((".yaml", ".yml")) else recipe_name
     bench = Bench(recipe_name, arguments, folder.resolve(), total_images)
     recipe = bench.recipe()
     say = partial(print, flush=True)
@@ -186,6 +188,6 @@ def measure_accuracy(
             except (ValueError, RuntimeError, OSError) as error:
                 row.error = " ".join(str(error).split())
             row.seconds = round(time.monotonic() - started, 1)
-            scores = f"top-1 {row.top1} %, cosine {row.feature_cosine}"
-            say(f"accuracy: {mechanism:>14} {name:>6}  {row.error or scores}  [{row.seconds:.0f} s]")
+            said = row.error or f"top-1 {row.top1:.2f} %, cosine {row.feature_cosine:.4f}"
+            say(f"accuracy: {mechanism:>14} {name:>6}  {said}  [{row.seconds:.0f} s]")
     return rows

@@ -33,10 +33,10 @@ from rich.table import Table
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from adala.build import build_evaluation_loader, build_teacher, data_index, run_folder, unaligned_student
 from adala.config import Recipe, parse_command
 from adala.distributed import device, report_error
 from adala.export import has_student, load_student, read_description
-from adala.build import build_evaluation_loader, build_teacher, data_index, run_folder, unaligned_student
 
 LINEARIZED = "linearized"
 RESAMPLED = "teacher, resampled"

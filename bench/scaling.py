@@ -131,12 +131,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # As many threads for a rank whatever their number: else one rank would have all cores and could not be beaten.
     threads = None if torch.cuda.is_available() else max(1, cores // max(ranks))
     try:
-        rows = plan(load_recipe(options.recipe), ranks, options.stages, options.grow)
+        # The training command runs in the project's folder, where a relative path would mean another file.
+        is_path = options.recipe.endswith((".yaml", ".yml"))
+        recipe = str(Path(options.recipe).resolve()) if is_path else options.recipe
+        rows = plan(load_recipe(recipe), ranks, options.stages, options.grow)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for row in rows:
-        train(row, options.recipe, options.steps, options.out.resolve(), threads)
+        train(row, recipe, options.steps, options.out.resolve(), threads)
         print(f"stage {row.stage}, {row.ranks} ranks: {row.error or f'{row.images_per_s:.1f} images/s'}", flush=True)
     fill_in_efficiency(rows)
     options.out.mkdir(parents=True, exist_ok=True)
