@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RANKS ?= 2
+# DeepSpeed compiles its CPU communication once; in the default place, two clones would overwrite each other's.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 .PHONY: demo test
 
