@@ -334,11 +334,12 @@ def verdict(results: Results) -> str:
     kind, tokens = (swept[0].kind, swept[0].tokens) if swept else (where.kind, where.tokens)
     name, best = short_name(mechanism), max(row.ratio_vs_softmax or 0 for row in rows if row is not None)
     said = {
-        "within": f"Yes, {_crossing(results, kind, tokens)} on; below that softmax is the faster one",
-        "always": "Yes, at every size measured",
-        "never": "No, at no size measured",
+        "within": f"In speed yes, {_crossing(results, kind, tokens)} on; below that softmax is the faster one",
+        "always": "In speed yes, at every size measured",
+        "never": "In speed no, at no size measured",
     }.get(kind, "That was not measured")
-    return f"{said} ({name}, whole network; at its best {best:.2f} times softmax's speed)."
+    doubt = " But the machine was not idle: measure again." if _noise(results) else ""
+    return f"{said} ({name}, whole network; at best {best:.2f} times softmax's speed).{doubt}"
 
 
 def answer(results: Results) -> list[str]:
@@ -436,7 +437,7 @@ def _memory_answer(results: Results) -> str:
     softmax, linear = row_of(results, "softmax", res), row_of(results, "linear", res)
     if softmax is None or linear is None or None in (softmax.activations_mib, linear.activations_mib):
         return ""
-    how = "with a fused kernel that never builds" if results.machine.get("softmax") == "fused" else "which builds"
+    how = "which builds" if softmax.sdpa_backend in ("math", "unfused") else "with a fused kernel that never builds"
     return (
         f"**Memory** at {res} px: {linear.peak_mem_mib:,.0f} MiB at the peak with vanilla linear attention, "
         f"{softmax.peak_mem_mib:,.0f} MiB with softmax ({how} the N x N matrix); of these are activations "

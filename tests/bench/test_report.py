@@ -91,12 +91,12 @@ def test_the_answer_in_words(results):
 
 
 def test_the_verdict_is_one_sentence(results):
-    assert verdict(results).startswith("Yes, from about 513 tokens (362 px) on; below that softmax is the faster one")
-    assert "at its best 2.00 times" in verdict(results)
+    assert verdict(results).startswith("In speed yes, from about 513 tokens (362 px) on; below that softmax")
+    assert "at best 2.00 times" in verdict(results)
     results.crossover = [CrossoverRow("linear", "network", "never", None, 65, 257)]
-    assert verdict(results).startswith("No, at no size measured")
+    assert verdict(results).startswith("In speed no, at no size measured")
     assert verdict(Results({})) == "No linear mechanism was compared with softmax in this run."
-    assert markdown(results).splitlines()[2].startswith("**No, at no size")
+    assert markdown(results).splitlines()[2].startswith("**In speed no, at no size")
 
 
 def test_a_sweep_replaces_the_interpolation(results):
@@ -116,6 +116,7 @@ def test_a_restless_machine_is_told(results):
         if row.latency_ms_p50:
             row.latency_ms_p80 = 14.0
     assert "caution" in answer(results)[0]
+    assert verdict(results).endswith("measure again.")
 
 
 def test_what_cannot_be_is_told(results):
