@@ -15,6 +15,7 @@ from adala.pipeline import run_stage
 OVERRIDES = [
     "--tensorboard=false",
     "--evaluation.monitor_samples=16",
+    "--stage3.head_init_samples=64",
     *(f"--stage{n}.{key}={value}" for n in (1, 2, 3) for key, value in (("steps", 2), ("global_batch_size", 8))),
 ]
 
