@@ -89,7 +89,9 @@ def compare_features(
     sums = torch.zeros(8, dtype=torch.float64, device=device())
     for batch in batches:
         images = batch["image"].to(device())
-        ours, theirs = student(images).float(), teacher(images).float()
+        theirs = teacher(images).float()
+        # Scoring the teacher itself need not run it twice.
+        ours = theirs if student is teacher else student(images).float()
         sums += _comparison_sums(ours, theirs, student.num_prefix_tokens)
         if collector is not None:
             collector.add(ours, batch)

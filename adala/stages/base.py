@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adala.losses import mean_cosine, relative_error
+from adala.losses import relative_error
 
 
 class Stage(nn.Module):
@@ -47,12 +48,12 @@ class Stage(nn.Module):
     @torch.no_grad()
     def feature_metrics(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
         """Cosine of patch tokens and of the class token, and relative error, of (B, N, D) features."""
-        prefix = self.student.num_prefix_tokens
+        cosine = F.cosine_similarity(student_features.float(), teacher_features.float(), dim=-1)
         metrics = {
-            "feature_cosine": mean_cosine(student_features, teacher_features),
-            "patch_cosine": mean_cosine(student_features[:, prefix:], teacher_features[:, prefix:]),
+            "feature_cosine": cosine.mean(),
+            "patch_cosine": cosine[:, self.student.num_prefix_tokens :].mean(),
             "relative_error": relative_error(student_features, teacher_features),
         }
         if self.student.has_class_token:
-            metrics["cls_cosine"] = mean_cosine(student_features[:, 0], teacher_features[:, 0])
+            metrics["cls_cosine"] = cosine[:, 0].mean()
         return metrics

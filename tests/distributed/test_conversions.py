@@ -33,7 +33,7 @@ def test_every_baseline_has_a_native_conversion() -> None:
     assert native == set(mechanism_names()) - {"softmax", "linear"}
 
 
-@pytest.mark.parametrize(("mechanism", "conversion"), STAGES_OF, ids="-".join)
+@pytest.mark.parametrize(("mechanism", "conversion"), STAGES_OF, ids=["-".join(key) for key in STAGES_OF])
 def test_the_conversion_ran_its_stages(runs: Path, mechanism: str, conversion: str) -> None:
     run = runs / f"{mechanism}-{conversion}"
     for number in (1, 2, 3):
