@@ -209,6 +209,11 @@ def build_stage(
     if number == 1:
         # ZeRO-3 frees weights after each module's forward pass, so gradients cannot be taken inside the stage's.
         release = zero_stage(ds_config) < 3
+        if not release and plan.config.loss == "attention_map_cross_entropy":
+            raise ValueError(
+                f"ds_config {recipe.ds_config}: ZeRO-3 gathers weights for a module's forward pass only, and the loss "
+                "attention_map_cross_entropy takes a mixer's feature maps by themselves: use ZeRO 0, 1 or 2"
+            )
         return AttentionAlignment(student, teacher, plan.config.loss, release_activations=release)
     if number == 2:
         return FeatureAlignment(student, teacher, plan.config.loss)

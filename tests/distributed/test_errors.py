@@ -28,9 +28,13 @@ def fails_with(sentence: str, *arguments: str) -> None:
         (["--data.image_size", "[18, 16]"], "18 x 16 is not divisible by the patch size 4 x 4: 16 x 16 would be"),
         (["--stage2.global_batch_size", "64"], "40 samples, fewer than one global batch of 64"),
         (["--stage2.global_batch_size", "7"], "stage2.global_batch_size 7 does not divide into 2 ranks"),
+        (
+            ["--mechanism", "hedgehog", "--conversion", "native", "--ds_config", "zero3", "--stage", "1"],
+            "attention_map_cross_entropy takes a mixer's feature maps by themselves: use ZeRO 0, 1 or 2",
+        ),
         (["--ds_config", "zero9"], "ds_config zero9: there is no such configuration; known are zero0"),
     ],
-    ids=["mechanism", "key", "image_size", "too_few_samples", "batch", "ds_config"],
+    ids=["mechanism", "key", "image_size", "too_few_samples", "batch", "zero3_maps", "ds_config"],
 )
 def test_a_mistake_in_the_command(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     fails_with(sentence, "--recipe", str(write_tiny_recipe(tmp_path)), "--stage", "2", *arguments)
