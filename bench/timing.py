@@ -311,16 +311,16 @@ class Nvml:
         self._nvml = self._handle = None
         if device.type != "cuda":
             return
-        try:
-            import pynvml
+        import pynvml
 
+        try:
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(name.encode())
             self._nvml = pynvml
-        except Exception:
-            # No library, no permission, a part of a GPU: a number that is missing, not a failure of the bench.
+        except pynvml.NVMLError:
+            # No driver library, no permission, a part of a GPU: a number that is missing, not a failure of the bench.
             self._nvml = self._handle = None
 
     def ask(self, function: str) -> Any:
@@ -329,7 +329,7 @@ class Nvml:
             return None
         try:
             return getattr(self._nvml, function)(self._handle)
-        except Exception:
+        except self._nvml.NVMLError:
             return None
 
     @property
