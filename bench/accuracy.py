@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from report import AccuracyRow
+from results import AccuracyRow
 from timm.models.vision_transformer import VisionTransformer
 
 from adala.attention import resolve_mechanism

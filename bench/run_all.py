@@ -42,7 +42,8 @@ from cases import (
     share_weights,
 )
 from cost import MACS_TOLERANCE, MemoryCaseFailed, measure_cost, measure_memory_apart, num_tokens
-from report import CrossoverRow, Results, Row, SweepRow, read_results, write_report
+from report import write_report
+from results import CrossoverRow, Results, Row, SweepRow, read_results
 from timing import (
     LEAST_ROUNDS,
     SDPA_BACKENDS,

@@ -5,20 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from report import (
-    AccuracyRow,
-    CrossoverRow,
-    Results,
-    Row,
-    SweepRow,
-    answer,
-    markdown,
-    page,
-    read_results,
-    to_json,
-    verdict,
-    write_report,
-)
+from report import answer, markdown, page, verdict, write_report
+from results import AccuracyRow, CrossoverRow, Results, Row, SweepRow, read_results, to_json
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "BENCH.md"
 MACHINE = {"backbone": "vit_small_patch16_224", "patch_size": [16, 16], "num_prefix_tokens": 1, "softmax": "fused"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import run_all
 import torch
-from report import Row, read_results
+from results import Row, read_results
 
 from adala.attention.linear import LinearMixer
 from baselines.performer import PerformerMixer
