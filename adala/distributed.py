@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import resource
 import socket
 import sys
 import time
@@ -53,6 +54,14 @@ def local_world_size() -> int:
 def device() -> torch.device:
     """This rank's GPU, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def peak_memory_mib() -> float:
+    """Highest memory of this rank so far, in MiB: what PyTorch allocated on its GPU, or the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there and KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def barrier() -> None:

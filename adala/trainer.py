@@ -12,7 +12,15 @@ import torch
 from adala.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from adala.config import StageConfig
 from adala.data import EvaluationLoader, StreamState, TrainLoader
-from adala.distributed import all_reduce_sum, any_rank, device, gather_objects, rank, world_size
+from adala.distributed import (
+    all_reduce_sum,
+    any_rank,
+    device,
+    gather_objects,
+    peak_memory_mib,
+    rank,
+    world_size,
+)
 from adala.engine import Engine
 from adala.optim import rate_factor
 from adala.progress import MetricWriter, say
@@ -98,6 +106,7 @@ class Trainer:
             "lr": factor * config.lr,
             "gradient_norm": engine.gradient_norm(),
             "images_per_s": config.global_batch_size / (time.perf_counter() - started),
+            "peak_memory_mib": peak_memory_mib(),
         }
 
     @torch.no_grad()

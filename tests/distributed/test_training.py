@@ -74,7 +74,10 @@ def test_three_stages_and_their_report(finished_run) -> None:
         steps = [row["step"] for row in read_metrics(stage, "train")]
         assert steps == [1, 2, 3, 4]
         assert (stage / "config.yaml").is_file() and (stage / "finished.json").is_file()
-    assert {f"block0{i}_loss" for i in range(3)} <= set(read_metrics(run / "stage1", "train")[0])
+    first = read_metrics(run / "stage1", "train")[0]
+    assert {f"block0{i}_loss" for i in range(3)} <= set(first)
+    # A process that has imported torch and holds a model: above 100 MiB, below this machine's memory in MiB.
+    assert 100 < first["peak_memory_mib"] < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
     assert "dropped at its end" in printed
 
 
