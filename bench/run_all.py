@@ -60,6 +60,7 @@ from timing import (
     forward_runner,
     interleave,
     iterations_for,
+    keep_freed_memory,
     measure_for,
     percentile,
     rounds_within,
@@ -652,6 +653,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compile": settings.compile,
         "softmax": "fused" if settings.protocol == "best" else UNFUSED,
         "time_budget_s": options.time_budget_s,
+        "freed_memory_kept": settings.device.type == "cpu" and keep_freed_memory(),
     }
     results = Results(machine, notes=notes)
     with without_tf32():

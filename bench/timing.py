@@ -4,6 +4,7 @@ Shapes: B batch, H heads, N tokens, d head dim.
 """
 
 import contextlib
+import ctypes
 import datetime
 import math
 import os
@@ -39,9 +40,22 @@ SDPA_BACKENDS = {
 # Above so many bytes the N x N matrix of the `math` backend is not even tried.
 LARGEST_MAP_BYTES = 2**31
 
+# glibc's mallopt: how many blocks may be mapped apart, and from how many free bytes at its end a heap is cut.
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+
 Call = Callable[[], Any]
 # (what to call, how often) -> seconds a call.
 Measure = Callable[["Runner", int], float]
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc reuse freed blocks in this process instead of giving them back to the system; whether it does now.
+
+    Else every large temporary is mapped, paged in and unmapped again in each forward pass, which costs mechanisms with
+    large temporaries up to a third of their time, and a different part of it in every process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    return mallopt is not None and all(mallopt(*o) == 1 for o in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,10 @@
 """Rounds, ratios and crossovers on a clock that only moves when told."""
 
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,8 @@ from timing import (
     speedup,
     wall_clock,
 )
+
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 class FakeClock:
@@ -131,3 +137,26 @@ def test_grids_double():
 def test_some_sdpa_backend_runs_on_this_machine():
     q, k, v = torch.randn(3, 1, 2, 33, 8).unbind(0)
     assert fastest_sdpa_backend(q, k, v, budget_s=0.01) in ("flash", "math", "efficient", "cudnn")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
+def test_large_blocks_are_not_mapped_apart_once_memory_is_kept() -> None:
+    """In a process of its own: the setting stays for a process's life. A mapped block would show in mallinfo2."""
+    code = """
+import ctypes
+from timing import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+libc.mallinfo2.restype = Info
+before = libc.mallinfo2().hblks
+libc.malloc(100 << 20)
+assert libc.mallinfo2().hblks == before + 1
+assert keep_freed_memory()
+libc.malloc(100 << 20)
+assert libc.mallinfo2().hblks == before + 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
