@@ -60,6 +60,11 @@ def peak_memory_mib() -> float:
     """Highest memory of this rank so far, in MiB: what PyTorch allocated on its GPU, or the process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    return peak_resident_mib()
+
+
+def peak_resident_mib() -> float:
+    """Highest resident set of this process in its life, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there and KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

@@ -39,6 +39,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from adala.distributed import peak_resident_mib
+
 MIB = 2**20
 # The formula and the counter may differ by so much of the whole network before a row fails.
 MACS_TOLERANCE = 0.01
@@ -363,11 +365,8 @@ def _status_mib(key: str) -> float | None:
 
 
 def _peak_mib() -> float:
-    from resource import RUSAGE_SELF, getrusage
-
     peak = _status_mib("VmHWM:")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there and KiB elsewhere
-    return getrusage(RUSAGE_SELF).ru_maxrss * unit / MIB if peak is None else peak
+    return peak_resident_mib() if peak is None else peak
 
 
 def _resident_mib() -> float:

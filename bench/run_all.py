@@ -641,6 +641,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(note)
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
+    freed_memory_kept = settings.device.type == "cpu" and keep_freed_memory()
     machine = describe_machine(settings.device) | {
         "backbone": settings.backbone.name,
         "model_args": settings.backbone.model_args,
@@ -653,7 +654,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compile": settings.compile,
         "softmax": "fused" if settings.protocol == "best" else UNFUSED,
         "time_budget_s": options.time_budget_s,
-        "freed_memory_kept": settings.device.type == "cpu" and keep_freed_memory(),
+        "freed_memory_kept": freed_memory_kept,
     }
     results = Results(machine, notes=notes)
     with without_tf32():

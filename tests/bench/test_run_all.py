@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -187,6 +188,7 @@ def test_the_program(tmp_path):
         assert row["energy_mj_per_image"] is None and row["train_img_s"] is None
         assert row["rounds"] == 2
     assert [row["ratio_vs_softmax"] for row in stored["rows"]][::2] == [1.0, 1.0]
+    assert stored["machine"]["freed_memory_kept"] == (platform.libc_ver()[0] == "glibc")
 
     text = (tmp_path / "report.md").read_text()
     assert "### 96 x 96 px, 37 tokens" in text and "304,198,656" in text
