@@ -44,6 +44,8 @@ from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 
 EMBEDDED = "embedded"
+# What a linear probe sees: the class token beside the mean of the patches.
+FEATURE_POOLING = "cls_patch"
 
 
 @dataclass(frozen=True)

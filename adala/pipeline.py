@@ -6,6 +6,7 @@ from functools import partial
 
 from adala.attention import merge_lora
 from adala.build import (
+    FEATURE_POOLING,
     build_engine,
     build_evaluation_loader,
     build_stage,
@@ -37,8 +38,6 @@ from adala.export import (
 from adala.progress import MetricWriter, say
 from adala.report import ReportRow, draw_report, print_report, write_report
 from adala.trainer import Trainer
-
-FEATURE_POOLING = "cls_patch"
 
 
 def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -> None:

@@ -1,7 +1,7 @@
 """In which precision statistics, normalisers and sums over tokens are computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def full_precision(tensor: Tensor) -> Iterator[None]:
     a thousand tokens) is off for matrix products as long as the context lasts and on again afterwards if it was.
     The switch is one for the whole process and autograd runs later: the backward pass follows the user's setting.
     """
-    with torch.autocast(tensor.device.type, enabled=False):
+    with _without_autocast(tensor.device.type):
         switch, tf32, exact = _matmul_switch()
         matmul = torch.backends.cuda.matmul
         if tensor.device.type != "cuda" or getattr(matmul, switch) != tf32:
@@ -31,6 +31,12 @@ def full_precision(tensor: Tensor) -> Iterator[None]:
             yield
         finally:
             setattr(matmul, switch, tf32)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast refuses devices that it cannot cast on, among them ``meta``, on which shapes and costs are found out."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _matmul_switch() -> tuple[str, str | bool, str | bool]:
