@@ -1,19 +1,17 @@
 """What each mechanism keeps of its teacher: every one adapted with the same data, budget and seed, and scored."""
 
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from command import TrainingFailed, resolved_recipe, run_training
 from results import AccuracyRow
 from timm.models.vision_transformer import VisionTransformer
 
 from adala.attention import resolve_mechanism
-from adala.build import build_evaluation_loader, build_teacher, data_index, run_folder
+from adala.build import FEATURE_POOLING, build_evaluation_loader, build_teacher, data_index, run_folder
 from adala.config import Recipe, load_recipe
 from adala.conversion import ADALA, STAGE_NAMES, Conversion
 from adala.data import EvaluationLoader
@@ -22,9 +20,6 @@ from adala.evaluation.classification import classifier_top1
 from adala.evaluation.features import collect_features, compare_features
 from adala.evaluation.linear_probe import linear_probe_top1
 from adala.export import load_classifier, load_student
-from adala.pipeline import FEATURE_POOLING
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def conversions_of(mechanism: str) -> dict[str, Conversion]:
@@ -80,26 +75,14 @@ def train_stage(bench: Bench, mechanism: str, name: str, number: int, steps: int
     """Runs the training command for one stage.
 
     Raises:
-        ValueError: It failed; the message is its own.
+        TrainingFailed: The message is its own.
     """
-    command = [sys.executable, str(PROJECT / "launchers" / "train.py"), "--recipe", bench.recipe_name]
-    command += ["--stage", str(number), "--overwrite", *bench.arguments(mechanism, name)]
-    command += [f"--stage{number}.steps", str(steps)]
-    # Left over from a launcher, they would make the command wait for other ranks.
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        command,
-        cwd=PROJECT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    if done.returncode:
-        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        telling = [line for line in said if line.startswith("error:")] or said or ["no output"]
-        raise ValueError(f"stage {number}: {telling[-1]} (exit code {done.returncode})")
+    arguments = ["--recipe", bench.recipe_name, "--stage", str(number), "--overwrite"]
+    arguments += [*bench.arguments(mechanism, name), f"--stage{number}.steps", str(steps)]
+    try:
+        run_training(arguments)
+    except TrainingFailed as error:
+        raise TrainingFailed(f"stage {number}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -128,7 +111,7 @@ def adapt(bench: Bench, scorer: Scorer, row: AccuracyRow, conversion: Conversion
     """Trains all stages of a row and fills in its scores.
 
     Raises:
-        ValueError: A stage failed.
+        TrainingFailed: A stage did.
     """
     recipe = bench.recipe(row.mechanism, row.conversion)
     steps = divide_images(recipe, conversion, bench.total_images)
@@ -151,7 +134,12 @@ def adapt(bench: Bench, scorer: Scorer, row: AccuracyRow, conversion: Conversion
 
 
 def measure_accuracy(
-    recipe_name: str, mechanisms: Sequence[str], total_images: int, folder: Path, overrides: Sequence[str] = ()
+    recipe_name: str,
+    mechanisms: Sequence[str],
+    total_images: int,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    keep: Callable[[list[AccuracyRow]], None] = lambda rows: None,
 ) -> list[AccuracyRow]:
     """Adapts every mechanism under AdaLA's stages and natively; a run that fails is a row with its error.
 
@@ -163,14 +151,13 @@ def measure_accuracy(
         total_images: Training images of one adaptation, over all its stages.
         folder: Where the runs lie.
         overrides: Of the recipe, as ``key=value``.
+        keep: Called with all rows so far after each one: the whole takes an hour, and an interruption is to cost one.
 
     Raises:
         ValueError: The recipe cannot be read, or its teacher or data are not there.
     """
     arguments = tuple(part for text in overrides for part in (f"--{text.partition('=')[0]}", text.partition("=")[2]))
-    # The training command runs in the project's folder, where a relative path would mean another file.
-    recipe_name = str(Path(recipe_name).resolve()) if recipe_name.endswith((".yaml", ".yml")) else recipe_name
-    bench = Bench(recipe_name, arguments, folder.resolve(), total_images)
+    bench = Bench(resolved_recipe(recipe_name), arguments, folder.resolve(), total_images)
     recipe = bench.recipe()
     say = partial(print, flush=True)
     teacher = build_teacher(recipe)
@@ -190,4 +177,5 @@ def measure_accuracy(
             row.seconds = round(time.monotonic() - started, 1)
             said = row.error or f"top-1 {row.top1:.2f} %, cosine {row.feature_cosine:.4f}"
             say(f"accuracy: {mechanism:>14} {name:>6}  {said}  [{row.seconds:.0f} s]")
+            keep(rows)
     return rows

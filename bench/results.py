@@ -225,3 +225,23 @@ def write_results(path: Path, results: Results) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(to_json(results), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def resolutions(results: Results) -> list[int]:
+    return sorted({row.res for row in results.rows})
+
+
+def row_of(results: Results, mechanism: str, res: int) -> Row | None:
+    return next((row for row in results.rows if (row.mechanism, row.res) == (mechanism, res)), None)
+
+
+def pixels_of(results: Results, tokens: float) -> float:
+    """Side in pixels of a square image with so many tokens."""
+    machine = results.machine
+    patches = max(1.0, tokens - machine.get("num_prefix_tokens", 1))
+    return math.sqrt(patches) * machine.get("patch_size", [16])[0]
+
+
+def mechanisms_of(results: Results) -> list[str]:
+    """Linear mechanisms with a row, in the rows' order: neither softmax nor the ceiling."""
+    return list(dict.fromkeys(row.mechanism for row in results.rows if row.mechanism not in ("softmax", "none")))

@@ -9,8 +9,6 @@ the first third of the steps. With ``--grow`` the global batch grows with the ra
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +16,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from command import TrainingFailed, resolved_recipe, run_training
 
 from adala.config import Recipe, load_recipe
 from adala.progress import read_metrics
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -70,32 +67,15 @@ def fill_in_efficiency(rows: Sequence[ScalingRow]) -> None:
 def train(row: ScalingRow, recipe_name: str, steps: int, folder: Path, threads: int | None) -> None:
     """Runs one stage and fills in its rate, or its error."""
     run_name = f"stage{row.stage}-{row.ranks}-ranks"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(row.ranks)]
-    command += ["--master_port", str(port), str(PROJECT / "launchers" / "train.py"), "--recipe", recipe_name]
-    command += ["--stage", str(row.stage), "--overwrite", "--runs_dir", str(folder), "--run_name", run_name]
-    command += ["--tensorboard", "false", f"--stage{row.stage}.steps", str(steps), f"--stage{row.stage}.log_every", "1"]
-    command += [f"--stage{row.stage}.global_batch_size", str(row.global_batch_size)]
-    environment = dict(os.environ)
-    if threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        command,
-        cwd=PROJECT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
+    arguments = ["--recipe", recipe_name, "--stage", str(row.stage), "--overwrite"]
+    arguments += ["--runs_dir", str(folder), "--run_name", run_name, "--tensorboard", "false"]
+    arguments += [f"--stage{row.stage}.steps", str(steps), f"--stage{row.stage}.log_every", "1"]
+    arguments += [f"--stage{row.stage}.global_batch_size", str(row.global_batch_size)]
+    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
     try:
-        if done.returncode:
-            said = [line for line in done.stdout.splitlines() if "error" in line.lower()] or ["it said nothing"]
-            raise ValueError(f"{said[0].strip()} (exit code {done.returncode})")
+        run_training(arguments, row.ranks, environment)
         row.images_per_s = steady_rate(read_metrics(folder / run_name / f"stage{row.stage}", "train"))
-    except (ValueError, KeyError, OSError) as error:
+    except (TrainingFailed, ValueError, KeyError, OSError) as error:
         row.error = f"{type(error).__name__}: {error}"
 
 
@@ -131,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # As many threads for a rank whatever their number: else one rank would have all cores and could not be beaten.
     threads = None if torch.cuda.is_available() else max(1, cores // max(ranks))
     try:
-        # The training command runs in the project's folder, where a relative path would mean another file.
-        is_path = options.recipe.endswith((".yaml", ".yml"))
-        recipe = str(Path(options.recipe).resolve()) if is_path else options.recipe
+        recipe = resolved_recipe(options.recipe)
         rows = plan(load_recipe(recipe), ranks, options.stages, options.grow)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import run_all
 import torch
-from results import Row, read_results
+from results import AccuracyRow, Results, Row, read_results
 
 from adala.attention.linear import LinearMixer
 from baselines.performer import PerformerMixer
@@ -145,6 +145,29 @@ def test_adding_keeps_what_the_earlier_report_had(bench, tmp_path):
     assert run_all.main([*arguments, "--sweep", "--sweep-max-tokens", "64", "--sweep-budget-s", "1"]) == 0
     results = read_results(tmp_path / "results.json")
     assert results.rows == before and results.sweep
+    assert any(note.startswith("sweep measured on ") for note in results.notes)
+
+
+def found(date: str, **parts) -> Results:
+    machine = {"date": date, "device": "CPU", "threads": 2, "commit": "c" + date}
+    if "accuracy" in parts:
+        machine["recipe"] = "tiny"
+    return Results(machine, notes=["backbone of " + date], **parts)
+
+
+def test_parts_measured_apart_keep_their_conditions_whatever_comes_first():
+    rows = found("1", rows=[Row("linear", 64)])
+    accuracy = found("2", accuracy=[AccuracyRow("linear", "adala")])
+    note = "accuracy measured on 2: CPU, 2 threads, commit c2"
+    for whole in (run_all.merged(rows, accuracy), run_all.merged(accuracy, rows)):
+        assert (whole.machine["date"], whole.machine["recipe"]) == ("1", "tiny")
+        assert whole.rows == rows.rows and whole.accuracy == accuracy.accuracy
+        assert whole.notes == ["backbone of 1", note]
+    again = run_all.merged(run_all.merged(rows, accuracy), found("3", rows=[Row("linear", 96)]))
+    assert again.notes == ["backbone of 3", note] and again.accuracy == accuracy.accuracy
+    assert "recipe" not in rows.machine
+    newer = run_all.merged(whole, found("4", accuracy=[AccuracyRow("monarch", "adala")]))
+    assert newer.notes[1:] == ["accuracy measured on 4: CPU, 2 threads, commit c4"]
 
 
 @pytest.mark.parametrize(
