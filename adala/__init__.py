@@ -6,19 +6,21 @@ features = student(images)                      # (B, N, D), all tokens after th
 
 import importlib
 
-_PUBLIC = {
-    "linearize": "adala.linearize",
+# At once: importing the module later, by whatever way, would put the module in the place of the function.
+from adala.linearize import linearize
+
+_LAZY = {
     "load_teacher": "adala.backbones",
     "load_student": "adala.export",
     "load_classifier": "adala.export",
     "mechanism_names": "adala.attention",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = ["linearize", *_LAZY]
 
 
 def __getattr__(name: str) -> object:
-    # Lazily: a mechanism's package imports adala.attention, and need not pay for timm and the rest.
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    # Lazily: a mechanism's package imports adala.attention, and need not pay for all the rest.
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'adala' has no attribute {name!r}")
