@@ -21,16 +21,26 @@ def full_precision(tensor: Tensor) -> Iterator[None]:
     The switch is one for the whole process and autograd runs later: the backward pass follows the user's setting.
     """
     with _without_autocast(tensor.device.type):
-        switch, tf32, exact = _matmul_switch()
-        matmul = torch.backends.cuda.matmul
-        if tensor.device.type != "cuda" or getattr(matmul, switch) != tf32:
+        if not _tf32_applies(tensor.device.type):
             yield
             return
-        setattr(matmul, switch, exact)
+        switch, tf32, exact = _matmul_switch()
+        setattr(torch.backends.cuda.matmul, switch, exact)
         try:
             yield
         finally:
-            setattr(matmul, switch, tf32)
+            setattr(torch.backends.cuda.matmul, switch, tf32)
+
+
+@torch.compiler.assume_constant_result
+def _tf32_applies(device_type: str) -> bool:
+    """Whether there is TF32 to be switched off.
+
+    torch.compile can neither read nor set the switch and would break the graph in every attention. It takes this answer
+    for constant instead, and traces anew when the switch is turned, which it guards by itself.
+    """
+    switch, tf32, _ = _matmul_switch()
+    return device_type == "cuda" and getattr(torch.backends.cuda.matmul, switch) == tf32
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:

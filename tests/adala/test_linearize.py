@@ -121,3 +121,13 @@ def test_a_real_mask_is_refused(teacher) -> None:
             attention(tokens, **arguments)
     with pytest.raises(ValueError, match="5 tokens reached an attention layer"):
         attention(tokens[:, :5])
+
+
+@pytest.mark.parametrize("mechanism", ["linear", "monarch"])
+def test_torch_compile_follows_the_image_size(teacher, mechanism: str) -> None:
+    """One graph a size, the hook that reads the size in it."""
+    student = linearize(teacher, mechanism).eval()
+    compiled = torch.compile(copy.deepcopy(student), backend="eager", fullgraph=True, dynamic=False)
+    for size in ((16, 16), (12, 20), (16, 16)):
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(images), student(images))

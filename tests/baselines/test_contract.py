@@ -206,3 +206,12 @@ def test_every_option_is_documented(name):
     documentation = "".join(base.__doc__ or "" for base in options_class.__mro__ if base is not object)
     for field in dataclasses.fields(options_class):
         assert f"{field.name}: " in documentation, field.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_compile_makes_one_graph_of_it(name, packed_qkv, small_mixer):
+    """``fullgraph`` refuses whatever would be left to Python, such as the switch of TF32."""
+    mixer = small_mixer(name, LAYOUT).float().eval()
+    inputs = [x.float() for x in packed_qkv(LAYOUT)]
+    compiled = torch.compile(mixer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, LAYOUT), mixer(*inputs, LAYOUT))
