@@ -1,13 +1,24 @@
 """The columns of a row: costs, memory, gate, latencies and ratios, energy, training speed."""
 
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from cases import NONE, SOFTMAX, build_model, make_images
 from cost import MACS_TOLERANCE, MemoryCaseFailed, measure_cost, measure_memory_apart
 from prepare import OUT_OF_MEMORY, Failure, build_backbone_on, fail, prepare, release, say, time_rounds
 from results import Row
 from settings import Settings
-from timing import Nvml, Samples, energy_mj_per_image, measure_for, percentile, speedup, train_runner
+from timing import (
+    Nvml,
+    Samples,
+    energy_mj_per_image,
+    measure_for,
+    median_interval,
+    percentile,
+    round_ratios,
+    speedup,
+    train_runner,
+)
 
 
 def measure_costs(settings: Settings, rows: dict[str, Row], image_size: tuple[int, int]) -> None:
@@ -85,9 +96,12 @@ def fill_in_times(row: Row, seconds: Sequence[float | None], samples: Samples) -
     row.latency_ms_p20, row.latency_ms_p50, row.latency_ms_p80 = (percentile(ms, p) for p in (20, 50, 80))
     row.throughput_img_s = 1000 * row.batch / row.latency_ms_p50
     row.rounds = len(ms)
-    for name, attribute in ((SOFTMAX, "ratio_vs_softmax"), (NONE, "ratio_vs_none")):
-        if name in samples.seconds and name not in samples.errors:
-            setattr(row, attribute, speedup(samples.seconds[name], seconds))
+    if SOFTMAX in samples.seconds and SOFTMAX not in samples.errors:
+        ratios = round_ratios(samples.seconds[SOFTMAX], seconds)
+        row.ratio_vs_softmax = median(ratios)
+        row.ratio_vs_softmax_low, row.ratio_vs_softmax_high = median_interval(ratios)
+    if NONE in samples.seconds and NONE not in samples.errors:
+        row.ratio_vs_none = speedup(samples.seconds[NONE], seconds)
 
 
 def train_size(settings: Settings, rows: dict[str, Row], image_size: tuple[int, int], budget_s: float) -> None:

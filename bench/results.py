@@ -34,6 +34,8 @@ class Row:
         latency_ms_p80: 80th percentile over rounds.
         throughput_img_s: Images a second at the median latency.
         ratio_vs_softmax: How many times faster than softmax; median over rounds of the ratio within a round.
+        ratio_vs_softmax_low: Lower end of that median's 95 % confidence interval over rounds.
+        ratio_vs_softmax_high: Its upper end.
         ratio_vs_none: Share of the speed of a network without attention, taken alike; at most about 1.
         rounds: Timed rounds.
         compiled: Whether the forward pass was that of torch.compile.
@@ -67,6 +69,8 @@ class Row:
     latency_ms_p80: float | None = None
     throughput_img_s: float | None = None
     ratio_vs_softmax: float | None = None
+    ratio_vs_softmax_low: float | None = None
+    ratio_vs_softmax_high: float | None = None
     ratio_vs_none: float | None = None
     rounds: int | None = None
     compiled: bool | None = None

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--protocol", choices=["paper", "best"], default="best", help="see docs/BENCH.md (best)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of weights and activations")
     parser.add_argument("--batch", type=int, default=1, help="images of one forward pass (1)")
-    parser.add_argument("--rounds", type=int, default=30, help="most timed rounds; the budget may allow fewer (30)")
+    parser.add_argument("--rounds", type=int, default=100, help="most timed rounds; the budget may allow fewer (100)")
     parser.add_argument("--time-budget-s", type=float, default=780, help="seconds for all of --res together (780)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, help="threads on a CPU (PyTorch's choice)")
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", action="store_true", help="also time a Stage 2 step, teacher included")
     parser.add_argument("--sweep", action="store_true", help="also look for the crossover over token counts")
     parser.add_argument("--sweep-max-tokens", type=int, help="largest patch count (4096 on a CPU, 16384 on a GPU)")
-    parser.add_argument("--sweep-budget-s", type=float, default=900, help="seconds for the rounds of --sweep (900)")
+    parser.add_argument("--sweep-budget-s", type=float, default=300, help="seconds for the rounds of --sweep (300)")
     parser.add_argument("--accuracy", action="store_true", help="also adapt every mechanism and score it")
     parser.add_argument("--recipe", default="tiny", help="recipe of --accuracy (tiny)")
     parser.add_argument(

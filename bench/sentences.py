@@ -14,8 +14,8 @@ TIE = 0.05
 RESTLESS = 0.15
 DEFINITIONS = (
     "Every ratio is a quotient of speeds, larger is faster; it is taken within a round, and the median over rounds is "
-    "shown. All cases of a resolution are timed in one process, once a round each, every round beginning with another "
-    "one; they share weights and input.",
+    "shown, beside it that median's 95 % confidence interval. All cases of a resolution are timed in one process, once "
+    "a round each, every round beginning with another one; they share weights and input.",
     "`none` passes the values through: the same network without any mixing of tokens, which no mechanism can beat.",
     "GMACs are multiply-accumulates of matrix products in 1e9 for one image, by formula, confirmed by PyTorch's "
     "counter to 1 %. Memory is that of a forward pass in a process of its own, run eagerly.",

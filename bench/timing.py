@@ -4,6 +4,7 @@ Shapes: B batch, H heads, N tokens, d head dim.
 """
 
 import contextlib
+import copy
 import ctypes
 import datetime
 import math
@@ -156,10 +157,29 @@ def interleave(
     return samples
 
 
+def round_ratios(baseline: Sequence[float | None], case: Sequence[float | None]) -> list[float]:
+    """How many times faster ``case`` is than ``baseline``, in each round that has both."""
+    return [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
+
+
 def speedup(baseline: Sequence[float | None], case: Sequence[float | None]) -> float | None:
-    """How many times faster ``case`` is than ``baseline``: the median over rounds of their ratio within a round."""
-    ratios = [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
+    """How many times faster ``case`` is than ``baseline``: the median of their ratios within a round."""
+    ratios = round_ratios(baseline, case)
     return median(ratios) if ratios else None
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % confidence interval of the median from the values' ranks alone, whatever their distribution.
+
+    How many values lie below the true median is binomial with probability 1/2. Of fewer than six values even the
+    smallest and the largest, which are then returned, do not reach 95 %.
+    """
+    ordered, n = sorted(values), len(values)
+    beyond, tail = 0, 2.0**-n
+    while tail + math.comb(n, beyond + 1) / 2**n <= 0.025:
+        beyond += 1
+        tail += math.comb(n, beyond) / 2**n
+    return ordered[beyond], ordered[n - 1 - beyond]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -225,22 +245,34 @@ def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5)
     return min(taken, key=taken.get)
 
 
-def compiled(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
-    """The model under torch.compile, with a cache of its own.
+class CompiledBlock(nn.Module):
+    """A transformer block that is called through a compiled function."""
 
-    torch.compile keeps what it compiled at the code object of the function: ten networks through one function would
-    search each other's entries at every call, and fall back to eager at the eighth.
+    def __init__(self, block: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.block, self.call = block, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.block, x)
+
+
+def compiled(model: VisionTransformer, backend: str = "inductor") -> VisionTransformer:
+    """The model over the same weights with its blocks under torch.compile, all of which share one compiled graph.
+
+    A graph of the whole network would hold the same block 24 times over and take a minute to compile instead of
+    seconds; what is left outside, the patch embedding and the last norm, is no part of any mechanism.
     """
 
-    def forward(images: Tensor) -> Tensor:
-        return model(images)
+    def forward(block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
 
-    own = types.FunctionType(
-        forward.__code__.replace(co_name="forward_of_one_case"),
-        forward.__globals__,
-        closure=forward.__closure__,
-    )
-    return torch.compile(own, mode=None if mode == "default" else mode, dynamic=False)
+    # torch.compile keeps what it compiled at the code object of the function: ten networks through one function would
+    # search each other's entries at every call, and fall back to eager at the eighth.
+    own = types.FunctionType(forward.__code__.replace(co_name="block_of_one_case"), forward.__globals__)
+    call = torch.compile(own, backend=backend, dynamic=False)
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin.blocks = nn.Sequential(*(CompiledBlock(block, call) for block in twin.blocks))
+    return twin
 
 
 @contextlib.contextmanager

@@ -138,6 +138,13 @@ def test_protocol_paper_is_float32_with_unfused_softmax_and_the_tables_options(b
     assert rows["linformer"].throughput_img_s == pytest.approx(2000 / rows["linformer"].latency_ms_p50)
 
 
+def test_compiled_forward_passes(bench, tmp_path):
+    code, rows = bench("--mechanisms", "softmax", "linear", "--compile", "on")
+    assert code == 0
+    assert [row.compiled for row in rows.values()] == [True, True] and rows["linear"].ratio_vs_softmax > 0
+    assert "on: used by softmax at 64 px, linear at 64 px" in (tmp_path / "report.md").read_text()
+
+
 def test_adding_keeps_what_the_earlier_report_had(bench, tmp_path):
     bench("--mechanisms", "softmax", "linear")
     before = read_results(tmp_path / "results.json").rows
@@ -210,6 +217,7 @@ def test_the_program(tmp_path):
         assert row["latency_ms_p20"] <= row["latency_ms_p50"] <= row["latency_ms_p80"]
         assert row["energy_mj_per_image"] is None and row["train_img_s"] is None
         assert row["rounds"] == 2
+        assert row["ratio_vs_softmax_low"] <= row["ratio_vs_softmax"] <= row["ratio_vs_softmax_high"]
     assert [row["ratio_vs_softmax"] for row in stored["rows"]][::2] == [1.0, 1.0]
     assert stored["machine"]["freed_memory_kept"] == (platform.libc_ver()[0] == "glibc")
 

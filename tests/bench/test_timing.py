@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import MECHANISMS, Backbone, Case, build_model
 from timing import (
     Crossover,
     Runner,
+    compiled,
     crossover,
     doubling_grids,
     fastest_sdpa_backend,
     interleave,
     iterations_for,
+    median_interval,
     percentile,
     rounds_within,
     speedup,
     wall_clock,
 )
+from torch._dynamo import reset
+from torch._dynamo.utils import counters
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -106,6 +111,17 @@ def test_a_ratio_is_the_median_of_rounds_that_have_both():
     assert speedup([None], [1.0]) is None
 
 
+def test_the_interval_of_a_median_holds_it_in_95_of_100_samples():
+    generator = torch.Generator().manual_seed(0)
+    for n in (10, 30, 100):
+        samples = torch.empty(2000, n).exponential_(generator=generator)
+        held = [low <= math.log(2) <= high for low, high in map(median_interval, samples.tolist())]
+        assert 0.94 <= sum(held) / len(held) <= 0.985
+    assert median_interval(range(10)) == (1, 8), "ranks 2 and 9 of ten, as in any table"
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert median_interval([1.0]) == (1.0, 1.0)
+
+
 def test_percentiles():
     assert [percentile([4, 1, 3, 2, 5], p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
 
@@ -160,3 +176,18 @@ assert libc.mallinfo2().hblks == before + 1
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_compiled_graph_serves_all_blocks_of_a_network_and_no_other():
+    """Also for the tenth network: what torch.compile keeps for one function is limited to eight."""
+    reset()
+    counters.clear()
+    backbone = Backbone("test_vit")
+    for count, mechanism in enumerate(MECHANISMS, start=1):
+        model = build_model(Case(backbone, mechanism, (64, 96), {}, softmax="math")).eval()
+        twin, images = compiled(model, backend="eager"), torch.randn(2, 3, 64, 96)
+        assert len(twin.blocks) == 6
+        with torch.inference_mode():
+            torch.testing.assert_close(twin(images), model(images))
+        assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"], mechanism
+        assert {id(tensor) for tensor in twin.parameters()} == {id(tensor) for tensor in model.parameters()}
