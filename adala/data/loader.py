@@ -5,6 +5,7 @@ import functools
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -43,6 +44,8 @@ from adala.data.transforms import ImageTransform, seeded
 Batch = dict[str, Any]
 # Travels from a worker to the loader with a batch, and is taken out there.
 BAD_FIELD = "bad_samples"
+# By which schedulers and terminals end a job.
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def collate(samples: list[Sample], images: list[torch.Tensor], epoch: int) -> Batch:
@@ -59,8 +62,8 @@ def start_worker(worker: int) -> None:
     Schedulers and terminals signal the whole process group; the trainer still wants batches until it has reached a
     step after which it can save.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -258,7 +261,8 @@ def iterate(stream: IterableDataset, num_workers: int, pin_memory: bool = False)
     if num_workers == 0:
         yield from loader
         return
-    batches = iter(loader)
+    with ending_signals_held_back():
+        batches = iter(loader)
     # Workers ignore SIGTERM, by which multiprocessing ends those that are left when the interpreter exits before it
     # waits for them: a trainer that failed would wait for ever. Handlers registered last run first. The reference also
     # keeps the garbage collector from closing the workers' queues before they were told to stop.
@@ -269,6 +273,19 @@ def iterate(stream: IterableDataset, num_workers: int, pin_memory: bool = False)
     finally:
         atexit.unregister(stop)
         stop()
+
+
+@contextmanager
+def ending_signals_held_back() -> Iterator[None]:
+    """Processes started within are deaf to these signals from birth, not only once they are set up.
+
+    A signal that comes meanwhile reaches this process at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_workers(batches: Any) -> None:
@@ -305,7 +322,8 @@ class EvaluationStream(IterableDataset):
             return decode(raw, self.require_label)
         except DecodeError as error:
             raise ValueError(
-                f"the evaluation sample {raw.id} in {raw.shard.url} is bad, and evaluation leaves none out: {error}"
+                f"the evaluation sample {raw.id} in {raw.shard.url} is bad ({error}), and evaluation leaves none out: "
+                "write the shard again without it"
             ) from error
 
 

@@ -11,8 +11,9 @@ from itertools import islice
 import pytest
 import torch
 
+import adala.data.loader
 from adala.data.index import build_index, load_index
-from adala.data.loader import EvaluationLoader, TrainLoader
+from adala.data.loader import EvaluationLoader, TrainLoader, start_worker
 from adala.data.order import StreamState
 from adala.data.transforms import build_eval_transform, build_train_transform
 
@@ -267,7 +268,16 @@ def test_a_shard_that_shrank_behind_its_index_is_an_error(shard_folder):
     assert load_index([f"{folder}/train-*.tar"]).num_samples == 16
 
 
-def test_workers_survive_the_signals_that_end_a_job(train_loader):
+def slowly_started(worker: int) -> None:
+    time.sleep(2 * worker)
+    start_worker(worker)
+
+
+@pytest.mark.parametrize("slow_start", [False, True])
+def test_workers_survive_the_signals_that_end_a_job(train_loader, monkeypatch, slow_start):
+    """With a slow start the second worker is signalled before it has come to :func:`start_worker`."""
+    if slow_start:
+        monkeypatch.setattr(adala.data.loader, "start_worker", slowly_started)
     loader = train_loader(num_workers=2)
     stream = iter(loader)
     seen = [tuple(next(stream)["id"])]
