@@ -5,8 +5,9 @@ import io
 import json
 import random
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from webdataset import ShardWriter
 
 from adala.data.embedded import load_split
 from adala.data.index import INDEX_NAME, Shard, count_samples, load_index, read_index, write_index
+from adala.data.samples import DecodeError, decode_image
 
 CLASSES_NAME = "classes.json"
 EMBEDDED_SAMPLES_PER_SHARD = 2000
@@ -106,18 +108,24 @@ def _embedded_samples(split: str) -> Iterator[dict[str, Any]]:
 
 def write_image_folder(
     source: str | Path, folder: str | Path, split: str, samples_per_shard: int = 1000, seed: int = 0
-) -> None:
+) -> list[Path]:
     """Writes a folder of images, one sub-folder a class, as shards with labels, and ``classes.json`` beside them.
 
     Images are copied as they are, in an order shuffled by ``seed``: a shard is to hold many classes, because reading
     shuffles within a buffer only. ``classes.json`` lists the sub-folders' names, sorted, each at its label's place.
+
+    Returns:
+        Files that were left out because they cannot be decoded.
 
     Raises:
         ValueError: No class or no image in ``source``, or ``folder`` has shards of other classes.
     """
     names = sorted(path.name for path in Path(source).iterdir() if path.is_dir())
     if not names:
-        raise ValueError(f"{source} holds no sub-folders: it needs one for each class, with its images inside")
+        raise ValueError(
+            f"{source} holds no sub-folders: it needs one for each class, with its images inside "
+            "(a single one for images without labels)"
+        )
     _write_classes(Path(folder), names)
     files = [
         (path, label)
@@ -126,8 +134,21 @@ def write_image_folder(
         if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     random.Random(seed).shuffle(files)
-    samples = ({IMAGE_SUFFIXES[path.suffix.lower()]: path.read_bytes(), "cls": label} for path, label in files)
-    write_shards(samples, folder, split, samples_per_shard)
+    left_out: list[Path] = []
+    write_shards(_readable_samples(files, left_out), folder, split, samples_per_shard)
+    return left_out
+
+
+def _readable_samples(files: Iterable[tuple[Path, int]], left_out: list[Path]) -> Iterator[dict[str, Any]]:
+    """Samples of those files that decode; the others are added to ``left_out``."""
+    for path, label in files:
+        content = path.read_bytes()
+        try:
+            decode_image(content)
+        except DecodeError:
+            left_out.append(path)
+        else:
+            yield {IMAGE_SUFFIXES[path.suffix.lower()]: content, "cls": label}
 
 
 def _write_classes(folder: Path, names: list[str]) -> None:
@@ -141,26 +162,36 @@ def _write_classes(folder: Path, names: list[str]) -> None:
     path.write_text(json.dumps(names, indent=1))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; the exit code is 1 after a mistake, which is one sentence."""
     parser = argparse.ArgumentParser(prog="python -m adala.data.convert", description="Write WebDataset shards.")
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser("imagefolder", help="a folder of images, one sub-folder a class")
-    images.add_argument("source")
+    images.add_argument("source", help="folder with a sub-folder for each class (a single one without labels)")
     images.add_argument("folder", help="where the shards go")
     images.add_argument("--split", default="train", help="name before the shards' numbers (train)")
     images.add_argument("--samples-per-shard", type=int, default=1000, help="samples in each shard (1000)")
     images.add_argument("--seed", type=int, default=0, help="of the order of the images (0)")
     embedded = commands.add_parser("embedded", help="the embedded Fashion-MNIST slice")
     embedded.add_argument("folder", help="where the shards go")
-    arguments = parser.parse_args()
-    if arguments.command == "imagefolder":
-        write_image_folder(
-            arguments.source, arguments.folder, arguments.split, arguments.samples_per_shard, arguments.seed
-        )
-    else:
-        write_embedded(arguments.folder)
-    print(f"wrote {arguments.folder}/{INDEX_NAME}")
+    options = parser.parse_args(arguments)
+    left_out: list[Path] = []
+    try:
+        if options.command == "imagefolder":
+            left_out = write_image_folder(
+                options.source, options.folder, options.split, options.samples_per_shard, options.seed
+            )
+        else:
+            write_embedded(options.folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if left_out:
+        shown = ", ".join(map(str, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
+        print(f"left out {len(left_out)} files that cannot be decoded: {shown}", file=sys.stderr)
+    print(f"wrote {Path(options.folder) / INDEX_NAME}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ import fnmatch
 import functools
 import json
 import os
+import sys
 import tarfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -220,12 +221,18 @@ def write_index(folder: str | Path, shards: Sequence[Shard]) -> Path:
     return path
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; the exit code is 1 after a mistake, which is one sentence."""
     parser = argparse.ArgumentParser(prog="python -m adala.data.index", description="Write a shard folder's index.")
     parser.add_argument("folder", help="folder of *.tar shards")
-    path = build_index(parser.parse_args().folder)
+    try:
+        path = build_index(parser.parse_args(arguments).folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"wrote {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from webdataset.gopen import gopen
 
 from adala.data.index import HTTP_TIMEOUT_S, Shard, ShardIndex, group_samples, index_command, is_remote
@@ -79,14 +79,28 @@ def decode(raw: RawSample, require_label: bool = False) -> Sample:
     except ValueError as error:
         raise DecodeError(f"its label is not an integer: {error}") from error
     try:
-        image = Image.open(io.BytesIO(raw.fields[field]))
+        image = decode_image(raw.fields[field])
+    except DecodeError as error:
+        raise DecodeError(f"its {field} cannot be decoded: {error}") from error
+    return Sample(raw.id, image, label)
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The whole image of a file's bytes, as RGB.
+
+    Raises:
+        DecodeError: Damaged, cut short, or no image.
+    """
+    try:
+        image = Image.open(io.BytesIO(content))
         image.load()
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:  # whose message names an address in memory
+        raise DecodeError("these bytes are no image") from error
     except Exception as error:  # damaged bytes bring nearly any exception out of image codecs
-        raise DecodeError(f"its {field} cannot be decoded: {error!r}") from error
-    return Sample(raw.id, image, label)
+        raise DecodeError(repr(error)) from error
 
 
 def open_shard(url: str) -> BinaryIO:

@@ -1,5 +1,4 @@
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import adala.data
 from adala.data.convert import main, write_embedded, write_image_folder, write_shards
 from adala.data.embedded import load_split
 from adala.data.index import load_index
+from adala.data.index import main as index_main
 from adala.data.order import shards_in_order
 from adala.data.samples import decode, read_positions
 
@@ -91,16 +91,19 @@ def test_a_crash_while_shards_are_replaced_leaves_the_split_out_of_the_index(tmp
     assert len(samples_of(tmp_path, "val")) == 4
 
 
-def test_an_image_folder_becomes_shards_with_sorted_classes(tmp_path, monkeypatch, png):
+def test_an_image_folder_becomes_shards_with_sorted_classes(tmp_path, capsys, png):
     source, folder = tmp_path / "images", tmp_path / "shards"
     for number, name in enumerate(["dog/a.png", "cat/b.png", "cat/c.d.png", "cat/deep/e.PNG", "ape/f.png"]):
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(number))
     (source / "cat/notes.txt").write_text("not an image")
-    arguments = ["convert", "imagefolder", str(source), str(folder), "--split", "val", "--samples-per-shard", "2"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    main()
+    (source / "cat/broken.jpg").write_bytes(b"not an image either")
+    (source / "cat/cut.png").write_bytes(png(9)[: len(png(9)) // 2])
+    arguments = ["imagefolder", str(source), str(folder), "--split", "val", "--samples-per-shard", "2"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("left out 2 files") and "broken.jpg" in said and "cut.png" in said
     assert json.loads((folder / "classes.json").read_text()) == ["ape", "cat", "dog"]
     samples = samples_of(folder, "val")
     assert sorted(sample.label for sample in samples) == [0, 1, 1, 1, 2]
@@ -113,6 +116,21 @@ def test_an_image_folder_becomes_shards_with_sorted_classes(tmp_path, monkeypatc
         write_image_folder(source, folder, "train")
     with pytest.raises(ValueError, match="no sub-folders"):
         write_image_folder(source / "bee", folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (main, ["imagefolder", "nowhere", "shards"], "nowhere"),
+        (main, ["imagefolder", ".", "shards"], "holds no sub-folders"),
+        (index_main, ["nowhere"], "holds no *.tar"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_sentence(tmp_path, monkeypatch, capsys, command, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert command(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
 def test_the_embedded_slice_is_written_once(tmp_path):
