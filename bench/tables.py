@@ -137,6 +137,11 @@ def accuracy_table(results: Results) -> Table:
         f"is at {number(teacher)} %. Top-1 is that of the fine-tuned head, after Stage 2 of a linear probe; cosine is "
         "that of the final features to the teacher's."
     )
+    if {"hedgehog", "lolcats"} <= {row.mechanism for row in results.accuracy}:
+        note += (
+            " Hedgehog and LoLCATs share their feature maps and differ in how they are converted: under AdaLA's stages "
+            "they are the same."
+        )
     return Table("Accuracy after adaptation", header, rows, marked, note).without_empty_columns()
 
 

@@ -47,7 +47,11 @@ def test_a_real_adaptation_and_one_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(accuracy, "train_stage", broken)
     recipe = write_tiny_recipe(tmp_path)
-    failed, done = measure_accuracy(str(recipe), ["cosformer"], 24, tmp_path / "runs", ["seed=3"])
+    kept: list[int] = []
+    failed, done = measure_accuracy(
+        str(recipe), ["cosformer"], 24, tmp_path / "runs", ["seed=3"], lambda rows: kept.append(len(rows))
+    )
+    assert kept == [1, 2], "an interruption costs one adaptation"
     assert (failed.conversion, done.conversion) == ("adala", "native")
     assert "stage1.steps" in failed.error and failed.error.startswith("stage 1: error:") and failed.top1 is None
     assert done.error is None and done.steps == {"3": 3} and done.images_seen == 24
