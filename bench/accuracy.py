@@ -17,7 +17,7 @@ from adala.conversion import ADALA, STAGE_NAMES, Conversion
 from adala.data import EvaluationLoader
 from adala.distributed import device
 from adala.evaluation.classification import classifier_top1
-from adala.evaluation.features import collect_features, compare_features
+from adala.evaluation.features import FeatureCollector, collect_features, compare_features
 from adala.evaluation.linear_probe import linear_probe_top1
 from adala.export import load_classifier, load_student
 
@@ -95,13 +95,16 @@ class Scorer:
     def held_out(self) -> EvaluationLoader:
         return build_evaluation_loader(self.recipe, data_index(self.recipe, self.recipe.data.val), self.teacher)
 
-    def probe_top1(self, model: VisionTransformer) -> float:
-        """Top-1 in percent of a linear probe on frozen features."""
+    def probe(self, model: VisionTransformer) -> tuple[float, float]:
+        """Top-1 in percent of a linear probe on frozen features, and their cosine to the teacher's."""
         config = self.recipe.evaluation
         index = data_index(self.recipe, config.probe_train or self.recipe.data.train)
         training = build_evaluation_loader(self.recipe, index, self.teacher, config.probe_samples)
-        features = [collect_features(model, loader, FEATURE_POOLING) for loader in (training, self.held_out())]
-        return linear_probe_top1(*features, l2=config.probe_l2)
+        # The held-out images are passed once, for both.
+        collector = FeatureCollector(model, FEATURE_POOLING)
+        compared = compare_features(model, self.teacher, self.held_out(), collector)
+        fitted_on = collect_features(model, training, FEATURE_POOLING)
+        return linear_probe_top1(fitted_on, collector.gathered(), l2=config.probe_l2), compared["feature_cosine"]
 
     def cosine(self, model: VisionTransformer) -> float:
         return compare_features(model, self.teacher, self.held_out())["feature_cosine"]
@@ -125,7 +128,7 @@ def adapt(bench: Bench, scorer: Scorer, row: AccuracyRow, conversion: Conversion
         train_stage(bench, row.mechanism, row.conversion, number, count)
     if 2 in steps:
         aligned = load_student(run.stage(2)).to(device())
-        row.aligned_top1, row.aligned_cosine = scorer.probe_top1(aligned), scorer.cosine(aligned)
+        row.aligned_top1, row.aligned_cosine = scorer.probe(aligned)
     classifier = load_classifier(run.stage(3)).to(device())
     row.top1 = classifier_top1(classifier, scorer.held_out(), recipe.stage3.num_classes)
     row.feature_cosine = scorer.cosine(classifier.student)
@@ -162,7 +165,7 @@ def measure_accuracy(
     say = partial(print, flush=True)
     teacher = build_teacher(recipe)
     scorer = Scorer(recipe, teacher)
-    teacher_top1 = scorer.probe_top1(teacher)
+    teacher_top1, _ = scorer.probe(teacher)
     say(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %")
     rows = []
     for mechanism in mechanisms:
