@@ -34,7 +34,8 @@ def test_each_part_has_an_adapter_of_its_own(parts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("targets", [("q", "k", "v", "proj"), ("q", "v"), ("proj",)], ids="_".join)
 def test_a_merged_student_is_the_adapted_student_under_timms_names(teacher, images, targets) -> None:
-    student = linearize(teacher, "lolcats").eval()
+    # In float64: adapters of unit scale give scores whose exponentials magnify float32's rounding beyond any tolerance.
+    student, images = linearize(teacher, "lolcats").eval().double(), images.double()
     plain = copy.deepcopy(student)
     for block in student.blocks:
         insert_lora(block.attn, 2, 4.0, targets)
@@ -42,7 +43,7 @@ def test_a_merged_student_is_the_adapted_student_under_timms_names(teacher, imag
     randomise(student)
     assert not torch.allclose(student(images), plain(images), atol=1e-2)
     plain.load_state_dict(merge_lora(student.state_dict()), strict=True)
-    torch.testing.assert_close(plain(images), student(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain(images), student(images), rtol=1e-8, atol=1e-8)
 
 
 def test_an_unknown_target_is_named(teacher) -> None:
