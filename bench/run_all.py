@@ -26,7 +26,7 @@ from report import write_report
 from results import AccuracyRow, Results, Row, read_results
 from settings import Settings, build_settings, image_sizes
 from sweep import run_sweep
-from timing import SDPA_BACKENDS, describe_machine, keep_freed_memory, without_tf32
+from timing import SDPA_BACKENDS, describe_machine, keep_freed_memory, use_huge_pages, without_tf32
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-budget-s", type=float, default=780, help="seconds for all of --res together (780)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, help="threads on a CPU (PyTorch's choice)")
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile")
+    parser.add_argument(
+        "--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile (auto: where it is faster)"
+    )
     parser.add_argument("--sdpa", choices=["auto", *SDPA_BACKENDS], default="auto", help="kernel of fused softmax")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory of each case")
     parser.add_argument("--train", action="store_true", help="also time a Stage 2 step, teacher included")
@@ -111,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def conditions(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers are measured under: ``machine`` of the schema. On a CPU the allocator is set here."""
+    on_cpu = settings.device.type == "cpu"
     return describe_machine(settings.device) | {
         "backbone": settings.backbone.name,
         "model_args": settings.backbone.model_args,
@@ -123,7 +126,8 @@ def conditions(settings: Settings, options: argparse.Namespace) -> dict[str, Any
         "compile": settings.compile,
         "softmax": "fused" if settings.protocol == "best" else UNFUSED,
         "time_budget_s": options.time_budget_s,
-        "freed_memory_kept": settings.device.type == "cpu" and keep_freed_memory(),
+        "freed_memory_kept": on_cpu and keep_freed_memory(),
+        "huge_pages": on_cpu and use_huge_pages(),
     }
 
 

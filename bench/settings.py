@@ -113,7 +113,7 @@ def build_settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:
         reason = "the protocol's" if pays else "this CPU has no fast bfloat16"
     notes.append(f"protocol {options.protocol}, batch {options.batch}, {dtype} ({reason})")
     compile_mode = options.compile
-    if compile_mode == "auto" and (options.protocol == "paper" or not on_gpu):
+    if compile_mode == "auto" and options.protocol == "paper":
         compile_mode = "off"
     settings = Settings(
         backbone=backbone,

@@ -9,7 +9,17 @@ from cases import NONE, SOFTMAX, capture_calls, make_images
 from prepare import Failure, Prepared, fail, prepare, release, say, time_rounds
 from results import CrossoverRow, SweepRow
 from settings import Settings
-from timing import Runner, Samples, crossover, doubling_grids, forward_runner, measure_for, percentile, speedup
+from timing import (
+    Runner,
+    Samples,
+    compiled_call,
+    crossover,
+    doubling_grids,
+    forward_runner,
+    measure_for,
+    percentile,
+    speedup,
+)
 
 
 def run_sweep(settings: Settings, most_tokens: int, budget_s: float) -> tuple[list[SweepRow], list[CrossoverRow]]:
@@ -38,7 +48,10 @@ def run_sweep(settings: Settings, most_tokens: int, budget_s: float) -> tuple[li
 def operator_runners(
     settings: Settings, ready: Prepared, image_size: tuple[int, int]
 ) -> tuple[dict[str, Runner], dict[str, float]]:
-    """The mixing of the first block alone, over q, k, v as strided views of one packed projection."""
+    """The mixing of the first block alone, over q, k, v as strided views of one packed projection.
+
+    Compiled where the network is.
+    """
     measure = measure_for(settings.device)
     runners, seconds = {}, {}
     images = make_images(settings.case(NONE, image_size), settings.device)
@@ -47,7 +60,8 @@ def operator_runners(
         call = capture_calls(model, forward_runner(lambda model=model: model(images), pinned))[0]
         packed = torch.stack([x.transpose(1, 2) for x in (call.q, call.k, call.v)], dim=2)  # (B, N, 3, H, d)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        runners[name] = forward_runner(partial(call.mixer, q, k, v, call.layout), pinned)
+        mix = partial(compiled_call(), call.mixer) if ready.is_compiled[name] else call.mixer
+        runners[name] = forward_runner(partial(mix, q, k, v, call.layout), pinned)
         measure(runners[name], 1)
         seconds[name] = measure(runners[name], 1)
     return runners, seconds

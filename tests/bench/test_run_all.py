@@ -18,6 +18,7 @@ from baselines.performer import PerformerMixer
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--backbone", "test_vit", "--model-args", '{"depth": 2}', "--device", "cpu", "--time-budget-s", "1"]
+TINY += ["--compile", "off"]
 NUMBERS = ("latency_ms_p20", "latency_ms_p50", "latency_ms_p80", "throughput_img_s")
 
 
@@ -220,6 +221,7 @@ def test_the_program(tmp_path):
         assert row["ratio_vs_softmax_low"] <= row["ratio_vs_softmax"] <= row["ratio_vs_softmax_high"]
     assert [row["ratio_vs_softmax"] for row in stored["rows"]][::2] == [1.0, 1.0]
     assert stored["machine"]["freed_memory_kept"] == (platform.libc_ver()[0] == "glibc")
+    assert isinstance(stored["machine"]["huge_pages"], bool)
 
     text = (tmp_path / "report.md").read_text()
     assert "### 96 x 96 px, 37 tokens" in text and "304,198,656" in text

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import MECHANISMS, Backbone, Case, build_model
 from timing import (
+    HUGE_PAGES_SETTING,
     Crossover,
     Runner,
     compiled,
@@ -173,6 +174,26 @@ assert libc.mallinfo2().hblks == before + 1
 assert keep_freed_memory()
 libc.malloc(100 << 20)
 assert libc.mallinfo2().hblks == before + 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not HUGE_PAGES_SETTING.exists() or "[never]" in HUGE_PAGES_SETTING.read_text(),
+    reason="this system has no huge pages on demand",
+)
+def test_large_tensors_lie_on_huge_pages() -> None:
+    """In a process of its own, as above. Half of them at least: memory may be too cut up for all."""
+    code = """
+import re
+from pathlib import Path
+import torch
+from timing import keep_freed_memory, use_huge_pages
+assert keep_freed_memory() and use_huge_pages()
+held = torch.ones(200 << 20, dtype=torch.uint8)
+kib = int(re.search(r"AnonHugePages: *([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
+assert kib > 100 << 10, kib
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
