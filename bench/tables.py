@@ -82,7 +82,7 @@ def speed_table(results: Results, res: int) -> Table:
     header += [
         "images/s",
         "vs softmax",
-        "95 % of it",
+        "95 % interval",
         "vs none",
         "train images/s",
         "train vs softmax",
