@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocator import keep_freed_memory, use_huge_pages
 from cases import DTYPES, MECHANISMS, NONE, UNFUSED, Backbone, Case, mechanism_options
 from cost import measure_cost
 from measure import measure_costs, measure_memories, time_size, train_size
@@ -26,7 +27,7 @@ from report import write_report
 from results import AccuracyRow, Results, Row, read_results
 from settings import Settings, build_settings, image_sizes
 from sweep import run_sweep
-from timing import SDPA_BACKENDS, describe_machine, keep_freed_memory, use_huge_pages, without_tf32
+from timing import SDPA_BACKENDS, describe_machine, without_tf32
 
 
 def build_parser() -> argparse.ArgumentParser:

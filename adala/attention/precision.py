@@ -37,7 +37,8 @@ def _tf32_applies(device_type: str) -> bool:
     """Whether there is TF32 to be switched off.
 
     torch.compile can neither read nor set the switch and would break the graph in every attention. It takes this answer
-    for constant instead, and traces anew when the switch is turned, which it guards by itself.
+    for constant instead, and traces anew when the switch is turned, which it guards by itself. With TF32 on, the graph
+    does break there.
     """
     switch, tf32, _ = _matmul_switch()
     return device_type == "cuda" and getattr(torch.backends.cuda.matmul, switch) == tf32

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocator import HUGE_PAGES_SETTING
 from cases import MECHANISMS, Backbone, Case, build_model
 from timing import (
-    HUGE_PAGES_SETTING,
     Crossover,
     Runner,
     compiled,
@@ -161,7 +161,7 @@ def test_large_blocks_are_not_mapped_apart_once_memory_is_kept() -> None:
     """In a process of its own: the setting stays for a process's life. A mapped block would show in mallinfo2."""
     code = """
 import ctypes
-from timing import keep_freed_memory
+from allocator import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 class Info(ctypes.Structure):
@@ -189,7 +189,7 @@ def test_large_tensors_lie_on_huge_pages() -> None:
 import re
 from pathlib import Path
 import torch
-from timing import keep_freed_memory, use_huge_pages
+from allocator import keep_freed_memory, use_huge_pages
 assert keep_freed_memory() and use_huge_pages()
 held = torch.ones(200 << 20, dtype=torch.uint8)
 kib = int(re.search(r"AnonHugePages: *([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
