@@ -7,7 +7,7 @@ features = student(images)                      # (B, N, D), all tokens after th
 import importlib
 
 # At once: importing the module later, by whatever way, would put the module in the place of the function.
-from adala.linearize import linearize
+from adala.students import linearize
 
 _LAZY = {
     "load_teacher": "adala.backbones",

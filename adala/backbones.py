@@ -9,7 +9,7 @@ import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from adala.linearize import check_supported
+from adala.students import check_supported
 
 # What a backbone that only gives features has no use for; a checkpoint may hold it all the same.
 HEAD_PREFIXES = ("head.", "head_dist.", "attn_pool.", "fc_norm.", "pre_logits.", "mask_token")

@@ -37,11 +37,11 @@ from adala.export import (
     read_description,
 )
 from adala.heads import ClassificationHead
-from adala.linearize import linearize
 from adala.optim import build_optimizer, freeze_except, freeze_matching
 from adala.progress import say
 from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
+from adala.students import linearize
 
 EMBEDDED = "embedded"
 # What a linear probe sees: the class token beside the mean of the patches.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adala.backbones import build_backbone
 from adala.heads import ClassificationHead
-from adala.linearize import linearize
+from adala.students import linearize
 
 WEIGHTS = "student.safetensors"
 DESCRIPTION = "model.json"

@@ -12,11 +12,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adala.attention import AttentionShape, TokenLayout, TokenMixer, resolve_mechanism
+from adala.attention import TokenLayout, TokenMixer, resolve_mechanism
 from adala.attention.linear import elu_attention_reference
 from adala.attention.softmax import softmax_attention_reference
 from adala.backbones import build_backbone
-from adala.linearize import linearize, linearized_blocks
+from adala.students import linearize, linearized_blocks
 from baselines.cosformer import cosformer_reference
 from baselines.hedgehog import hedgehog_reference
 from baselines.linformer import linformer_reference
@@ -197,7 +197,7 @@ def build_model(case: Case, backbone: VisionTransformer | None = None) -> Vision
     if case.mechanism == SOFTMAX and case.softmax == UNFUSED:
         replacement = UnfusedSoftmaxMixer
     for shell in linearized_blocks(student).values() if replacement else ():
-        shell.token_mixer = replacement(AttentionShape(shell.num_heads, shell.head_dim, shell.tracker.current))
+        shell.token_mixer = replacement(shell.token_mixer.shape)
     return student.eval().requires_grad_(False)
 
 

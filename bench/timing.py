@@ -238,8 +238,8 @@ class CompiledBlock(nn.Module):
         super().__init__()
         self.block, self.call = block, call
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self.block, x)
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        return self.call(self.block, x, **arguments)
 
 
 def compiled_call(backend: str = "inductor") -> Callable[..., Any]:
@@ -249,8 +249,8 @@ def compiled_call(backend: str = "inductor") -> Callable[..., Any]:
     search each other's entries at every call, and fall back to eager at the eighth.
     """
 
-    def call(module: nn.Module, *inputs: Any) -> Any:
-        return module(*inputs)
+    def call(module: nn.Module, *inputs: Any, **arguments: Any) -> Any:
+        return module(*inputs, **arguments)
 
     own = types.FunctionType(call.__code__.replace(co_name="call_of_one_case"), call.__globals__)
     return torch.compile(own, backend=backend, dynamic=False)

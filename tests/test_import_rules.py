@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"adala.checkpoint", "adala.export"},
     {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},
     {"adala.backbones"},
-    {"adala.linearize", "adala.data", "adala.optim", "adala.heads", "adala.runs"},
+    {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.runs"},
     {"adala.losses", "adala.conversion"},
     {"adala.attention"},
     {"adala.config", "adala.distributed"},

@@ -6,7 +6,7 @@ from adala.attention.base import (
     NoOptions,
     TokenMixer,
 )
-from adala.attention.layout import LayoutTracker, TokenLayout
+from adala.attention.layout import TokenLayout, layout_of_image
 from adala.attention.lora import LoraLinear, insert_lora, merge_lora
 from adala.attention.precision import accumulation_dtype, full_precision
 from adala.attention.registry import build_mixer, mechanism_names, resolve_mechanism
@@ -14,7 +14,6 @@ from adala.attention.registry import build_mixer, mechanism_names, resolve_mecha
 __all__ = [
     "AttentionShape",
     "AttentionShell",
-    "LayoutTracker",
     "LoraLinear",
     "NoOptions",
     "TokenLayout",
@@ -23,6 +22,7 @@ __all__ = [
     "build_mixer",
     "full_precision",
     "insert_lora",
+    "layout_of_image",
     "mechanism_names",
     "merge_lora",
     "resolve_mechanism",

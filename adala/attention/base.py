@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adala.attention.layout import LayoutTracker, TokenLayout
+from adala.attention.layout import TokenLayout, layout_of_tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AttentionShell(nn.Module):
     ``token_mixer``.
     """
 
-    def __init__(self, attention: nn.Module, token_mixer: TokenMixer, tracker: LayoutTracker):
+    def __init__(self, attention: nn.Module, token_mixer: TokenMixer):
         """Wraps the submodules of ``attention`` (timm's ``Attention``, whose weights are shared, not copied)."""
         super().__init__()
         self.num_heads = attention.num_heads
@@ -86,7 +86,6 @@ class AttentionShell(nn.Module):
         self.gate = getattr(attention, "gate", None)
         self.proj = attention.proj
         self.proj_drop = attention.proj_drop
-        self.tracker = tracker
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of ``x`` (B, N, D), each (B, H, N, d), normalised where the model does."""
@@ -95,27 +94,44 @@ class AttentionShell(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Mixes over tokens under the layout of the current batch, (B, H, N, d) in and out."""
-        layout = self.tracker.current
-        if q.shape[-2] != layout.num_tokens:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        """Mixes over tokens, (B, H, N, d) in and out.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            layout: Of the N tokens; None is the layout that the model was built for, or a square grid.
+
+        Raises:
+            ValueError: The tokens are not those of the layout.
+        """
+        num_tokens = q.shape[-2]
+        if layout is None:
+            layout = layout_of_tokens(num_tokens, self.token_mixer.shape.layout)
+        elif num_tokens != layout.num_tokens:
             raise ValueError(
-                f"{q.shape[-2]} tokens reached an attention layer, but a {layout.grid_size[0]} x {layout.grid_size[1]} "
-                f"patch grid with {layout.num_prefix_tokens} prefix tokens has {layout.num_tokens}: "
-                "call the whole model, so that its patch embedding sees the image"
+                f"{num_tokens} tokens reached an attention layer, but a {layout.grid_size[0]} x {layout.grid_size[1]} "
+                f"patch grid with {layout.num_prefix_tokens} prefix tokens has {layout.num_tokens}"
             )
         return self.token_mixer(q, k, v, layout)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: TokenLayout | None = None, is_causal: bool = False) -> Tensor:
         """Attention of ``x`` over itself, (B, N, D) in and out.
+
+        Args:
+            x: Tokens.
+            attn_mask: No mask: the layout of the tokens, which timm's blocks hand on under this name; None as in
+                :meth:`mix`.
+            is_causal: Must be false.
 
         Raises:
             ValueError: A mask is given; no mechanism here is defined under one.
         """
-        if attn_mask is not None or is_causal:
+        if is_causal or not (attn_mask is None or isinstance(attn_mask, TokenLayout)):
             raise ValueError("masked or causal attention is not supported by linearized models: pass no attn_mask")
         batch, num_tokens, _ = x.shape
-        mixed = self.mix(*self.project(x))
+        mixed = self.mix(*self.project(x), attn_mask)
         mixed = mixed.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim)
         mixed = self.norm(mixed)
         if self.gate is not None:

@@ -11,30 +11,36 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adala.attention import AttentionShell
-from adala.linearize import linearized_blocks
+from adala.attention import AttentionShell, TokenLayout
 from adala.losses import attention_map_cross_entropy, mse, normalized_mse
 from adala.stages.base import Stage
+from adala.students import linearized_blocks
 
-# (student's attention, teacher's attention, their common input (B, N, D), teacher's output (B, N, D)) -> scalar
-BlockLoss = Callable[[AttentionShell, nn.Module, Tensor, Tensor], Tensor]
+# (student's attention, teacher's attention, their common input (B, N, D), its layout, teacher's output (B, N, D)) -> scalar
+BlockLoss = Callable[[AttentionShell, nn.Module, Tensor, TokenLayout, Tensor], Tensor]
 
 
 def _after_projection(loss: Callable[[Tensor, Tensor], Tensor]) -> BlockLoss:
-    def block_loss(student: AttentionShell, teacher: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        return loss(student(x), target)
+    def block_loss(
+        student: AttentionShell, teacher: nn.Module, x: Tensor, layout: TokenLayout, target: Tensor
+    ) -> Tensor:
+        return loss(student(x, layout), target)
 
     return block_loss
 
 
-def _per_head_output(student: AttentionShell, teacher: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def _per_head_output(
+    student: AttentionShell, teacher: nn.Module, x: Tensor, layout: TokenLayout, target: Tensor
+) -> Tensor:
     """1000 x MSE of the mixed values before the output projection (LoLCATS, arXiv 2410.10254, attention transfer)."""
     with torch.no_grad():
         expected = nn.functional.scaled_dot_product_attention(*_project(teacher, x.to(teacher.qkv.weight.dtype)))
-    return 1000 * mse(student.mix(*student.project(x)), expected)
+    return 1000 * mse(student.mix(*student.project(x), layout), expected)
 
 
-def _attention_maps(student: AttentionShell, teacher: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def _attention_maps(
+    student: AttentionShell, teacher: nn.Module, x: Tensor, layout: TokenLayout, target: Tensor
+) -> Tensor:
     """Cross-entropy of the attention maps (Hedgehog, arXiv 2402.04347); one layer's N x N maps at a time."""
     if not hasattr(student.token_mixer, "feature_maps"):
         raise ValueError(
@@ -111,7 +117,7 @@ class AttentionAlignment(Stage):
 
         def compare(index: int, attention: nn.Module, x: Tensor, output: Tensor) -> None:
             with torch.set_grad_enabled(with_gradients):
-                loss = self.block_loss(shells[index], attention, x.to(images.dtype), output) / len(shells)
+                loss = self.block_loss(shells[index], attention, x.to(images.dtype), layout, output) / len(shells)
                 if release:
                     parameters = [p for p in shells[index].parameters() if p.requires_grad]
                     # Not every loss sees every parameter: the output projection comes after the per-head outputs.
@@ -120,8 +126,7 @@ class AttentionAlignment(Stage):
                     loss = loss.detach()
             losses[index] = loss
 
-        # The student's own patch embedding, whose hook tells its shells the layout, does not run here.
-        next(iter(shells.values())).tracker.observe(self.student.patch_embed, (images,))
+        layout = self.student.token_layout(images)
         with torch.no_grad(), _watch_attention(self.teacher, shells, compare):
             teacher_features = self.teacher(teacher_images)
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from adala.attention import TokenLayout
 from adala.conversion import QKV_PATTERNS
 from adala.export import build_head
-from adala.linearize import linearize, linearized_blocks
+from adala.losses import mse
 from adala.optim import freeze_except
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning
+from adala.students import linearize
 
 ALL_LOSSES = ["mse", "normalized_mse", "head_output_mse_1000"]
 
@@ -86,10 +88,17 @@ def test_stage_1_sees_the_teachers_input_at_every_block(teacher, images) -> None
     assert after["block02_loss"] == before["block02_loss"]
 
 
-def test_stage_1_follows_other_image_sizes(teacher) -> None:
-    stage = AttentionAlignment(linearize(teacher, "monarch"), teacher)
-    stage({"image": torch.randn(2, 3, 16, 32)})
-    assert linearized_blocks(stage.student)[0].tracker.current.grid_size == (4, 8)
+@pytest.mark.parametrize("size", [(8, 32), (32, 8)], ids=str)
+def test_stage_1_aligns_under_the_layout_of_the_images(teacher, size: tuple[int, int]) -> None:
+    """Two grids of as many tokens as the model's own; Monarch's blocks are image rows."""
+    stage = AttentionAlignment(linearize(teacher, "monarch"), teacher, "mse").eval()
+    seen = []
+    handle = teacher.blocks[0].attn.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    losses = stage({"image": torch.randn(2, 3, *size)})
+    handle.remove()
+    (x, target), *_ = seen
+    own = stage.student.blocks[0].attn(x, attn_mask=TokenLayout((size[0] // 4, size[1] // 4), 1))
+    assert torch.equal(losses["block00_loss"], mse(own, target))
 
 
 @pytest.mark.parametrize("mechanism", ["hedgehog", "lolcats"])

@@ -16,8 +16,8 @@ from adala.build import build_teacher, describe_student, run_folder
 from adala.config import Recipe, load_recipe
 from adala.evaluation.features import compare_features
 from adala.export import save_student
-from adala.linearize import linearize
 from adala.losses import mean_cosine, relative_error
+from adala.students import linearize
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "block_errors.py"
 

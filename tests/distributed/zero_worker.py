@@ -12,9 +12,9 @@ from tiny_teacher import build_tiny_teacher
 
 from adala.conversion import QKV_PATTERNS
 from adala.distributed import close_distributed, init_distributed, rank, world_size
-from adala.linearize import linearize
 from adala.optim import build_optimizer, freeze_except
 from adala.stages import AttentionAlignment, FeatureAlignment, Stage
+from adala.students import linearize
 
 GLOBAL_BATCH, STEPS, LR = 8, 3, 1e-2
 CLIPPING = {"attention_alignment": 0.0, "feature_alignment": 0.1}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adala.attention import LoraLinear, insert_lora, merge_lora
-from adala.linearize import linearize
+from adala.students import linearize
 
 
 def randomise(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Teacher to student: names, values, layouts, hybrids, refusals."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -8,8 +9,8 @@ import torch
 from timm.layers import Attention
 from tiny_teacher import build_tiny_teacher
 
-from adala.attention import AttentionShell
-from adala.linearize import linearize, linearized_blocks
+from adala.attention import AttentionShell, TokenLayout
+from adala.students import linearize, linearized_blocks
 
 LAYOUTS = {
     "no_prefix": {"class_token": False, "global_pool": "avg", "fc_norm": False},
@@ -60,15 +61,55 @@ def test_other_and_non_square_image_sizes(changes, size: tuple[int, int], mechan
     student = linearize(build_tiny_teacher(**changes), mechanism).eval()
     tokens = size[0] * size[1] // 16 + student.num_prefix_tokens
     assert student(torch.randn(2, 3, *size)).shape == (2, tokens, 32)
-    assert linearized_blocks(student)[0].tracker.current.grid_size == (size[0] // 4, size[1] // 4)
 
 
-def test_a_copy_has_a_layout_of_its_own(teacher) -> None:
-    student = linearize(teacher, "linear").eval()
-    twin = copy.deepcopy(student)
-    twin(torch.randn(1, 3, 32, 32))
-    assert linearized_blocks(twin)[0].tracker.current.grid_size == (8, 8)
-    assert linearized_blocks(student)[0].tracker.current.grid_size == (4, 4)
+# Two grids with as many tokens as each other: nothing but the layout tells them apart. Monarch's blocks are image rows.
+WIDE, HIGH = (8, 32), (32, 8)
+
+
+def mixed_sizes() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(2, 3, *size, generator=generator) for size in (WIDE, HIGH, (16, 16), WIDE)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mechanism", ["linear", "monarch"])
+def test_several_sizes_before_one_backward_pass_under_checkpointing(
+    teacher, monkeypatch: pytest.MonkeyPatch, mechanism: str, reentrant: bool
+) -> None:
+    """What is computed again in the backward pass knows the layout of its own images."""
+    monkeypatch.setattr("timm.layers.config._USE_REENTRANT_CKPT", reentrant)
+    gradients = {}
+    for checkpointing in (False, True):
+        student = linearize(teacher, mechanism, keep=[1])
+        student.set_grad_checkpointing(checkpointing)
+        sum(student(images).square().mean() for images in mixed_sizes()).backward()
+        gradients[checkpointing] = [parameter.grad for parameter in student.parameters()]
+    for plain, recomputed in zip(gradients[False], gradients[True], strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("mechanism", ["linear", "monarch"])
+def test_threads_with_different_sizes_do_not_disturb_each_other(teacher, mechanism: str) -> None:
+    student = linearize(teacher, mechanism).eval()
+    batches = mixed_sizes()
+    with torch.no_grad():
+        expected = [student(images) for images in batches]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(60):
+                found = list(pool.map(torch.no_grad()(student), batches))
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_intermediate_features_know_the_layout_too(teacher) -> None:
+    student = linearize(teacher, "monarch", keep=[1]).eval()
+    for images in mixed_sizes():
+        final, intermediates = student.forward_intermediates(images, norm=True, output_fmt="NLC")
+        assert torch.equal(final, student(images))
+        assert torch.equal(intermediates[-1], final[:, 1:])
+        assert torch.equal(student.get_intermediate_layers(images, norm=True)[0], final[:, 1:])
+        with pytest.raises(ValueError, match="masked or causal attention"):
+            student.forward_intermediates(images, attn_mask=torch.ones(17, 17))
 
 
 def test_random_parameters_follow_the_seed_and_leave_the_generator_alone(teacher) -> None:
@@ -119,13 +160,15 @@ def test_a_real_mask_is_refused(teacher) -> None:
     for arguments in ({"attn_mask": torch.ones(17, 17)}, {"is_causal": True}):
         with pytest.raises(ValueError, match="masked or causal attention"):
             attention(tokens, **arguments)
-    with pytest.raises(ValueError, match="5 tokens reached an attention layer"):
-        attention(tokens[:, :5])
+    with pytest.raises(ValueError, match="7 tokens reached an attention layer"):
+        attention(tokens[:, :7])
+    with pytest.raises(ValueError, match="17 tokens reached an attention layer, but a 2 x 2 patch grid"):
+        attention(tokens, attn_mask=TokenLayout((2, 2), 1))
 
 
 @pytest.mark.parametrize("mechanism", ["linear", "monarch"])
 def test_torch_compile_follows_the_image_size(teacher, mechanism: str) -> None:
-    """One graph a size, the hook that reads the size in it."""
+    """One graph a size, the reading of the size in it."""
     student = linearize(teacher, mechanism).eval()
     compiled = torch.compile(copy.deepcopy(student), backend="eager", fullgraph=True, dynamic=False)
     for size in ((16, 16), (12, 20), (16, 16)):
