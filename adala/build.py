@@ -1,19 +1,17 @@
-"""From a recipe to the things that a stage is made of: plan, teacher, student, stage module, engine, loaders."""
+"""From a plan to the things that a stage is made of: teacher, student, stage module, engine, loaders."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from adala.attention import insert_lora, resolve_mechanism
-from adala.backbones import check_image_size, load_teacher
-from adala.config import Recipe, StageConfig
-from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, LoraSpec
+from adala.attention import insert_lora
+from adala.backbones import build_backbone, check_image_size, load_teacher
+from adala.conversion import LoraSpec
 from adala.data import (
     EvaluationLoader,
     ShardIndex,
@@ -21,238 +19,184 @@ from adala.data import (
     TrainLoader,
     build_eval_transform,
     build_train_transform,
-    load_index,
-    write_embedded,
 )
-from adala.data.embedded import TEACHER_PATH
-from adala.distributed import broadcast_object, device, raise_together, rank, world_size
-from adala.engine import Engine, compute_dtype, load_ds_config, zero_stage
-from adala.evaluation.features import Features, collect_features
-from adala.evaluation.linear_probe import fit_probe
-from adala.export import (
-    StudentDescription,
-    build_head,
-    has_student,
-    load_student,
-    read_description,
-)
-from adala.heads import ClassificationHead
+from adala.distributed import broadcast_object, device, rank, world_size
+from adala.engine import Engine
+from adala.evaluation import Features, Scorer, collect_features, fit_probe
+from adala.export import WEIGHTS, has_student, load_student, read_description
+from adala.files import file_digest
 from adala.optim import build_optimizer, freeze_except, freeze_matching
+from adala.plan import DataPlan, EvaluationPlan, ModelPlan, RunPlan, StagePlan, TeacherPlan
 from adala.progress import say
 from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
-from adala.students import linearize
+from adala.students import LinearizedVisionTransformer, linearize
 
-EMBEDDED = "embedded"
-# What a linear probe sees: the class token beside the mean of the patches.
-FEATURE_POOLING = "cls_patch"
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage as it will run: the recipe's configuration under the conversion's step.
-
-    Attributes:
-        step: What the conversion says.
-        config: The recipe's stage, with the step's loss and rates where it states any.
-        sources: Training shards.
-        micro_batch_size: Samples per rank and forward pass.
-        gradient_accumulation_steps: Forward passes per optimizer step.
-    """
-
-    step: ConversionStep
-    config: StageConfig
-    sources: list[str]
-    micro_batch_size: int
-    gradient_accumulation_steps: int
+# Images on which the variance of a stage's targets is measured.
+CALIBRATION_SAMPLES = 128
+# A training checkpoint holds weights, AdamW's moments and float32 weights; two are kept while a third is written.
+CHECKPOINT_BYTES_PER_PARAMETER = 3 * 16
+EXPORT_BYTES_PER_PARAMETER = 4
 
 
-def plan_stage(recipe: Recipe, number: int) -> StagePlan:
-    """Joins recipe and conversion, and divides the global batch.
-
-    Raises:
-        ValueError: The conversion has no such stage, or the global batch does not divide over ranks and micro-batches.
-    """
-    conversion = conversion_of(recipe)
-    step = conversion.step(STAGE_NAMES[number])
-    if step is None:
-        raise ValueError(f"{recipe.mechanism}'s {conversion.name} conversion has no stage {number}: leave it out")
-    stated = {key: getattr(step, key) for key in ("loss", "lr", "weight_decay") if getattr(step, key) is not None}
-    config = replace(recipe.stage(number), **stated)
-    micro = config.micro_batch_size or config.global_batch_size // world_size()
-    share = micro * world_size()
-    if micro < 1 or config.global_batch_size % share:
-        raise ValueError(
-            f"stage{number}.global_batch_size {config.global_batch_size} does not divide into {world_size()} ranks x "
-            f"micro-batches of {max(micro, 1)}: choose a multiple of {max(share, world_size())}, "
-            f"or another stage{number}.micro_batch_size"
-        )
-    sources = recipe.data.train if config.train_data is None else config.train_data
-    return StagePlan(step, config, sources, micro, config.global_batch_size // share)
-
-
-def resume_conditions(recipe: Recipe, number: int, plan: StagePlan) -> dict[str, Any]:
-    """What a checkpoint of this stage can only be continued under, by recipe key, as JSON gives it back."""
-    conditions = {
-        "seed": recipe.seed,
-        "mechanism": recipe.mechanism,
-        "mechanism_options": recipe.mechanism_options,
-        "keep": recipe.keep,
-        "conversion": recipe.conversion,
-        "teacher.name": recipe.teacher.name,
-        "teacher.model_args": recipe.teacher.model_args,
-        "data.image_size": recipe.data.image_size,
-        f"stage{number}.global_batch_size": plan.config.global_batch_size,
-        f"stage{number}.train_data (or data.train)": plan.sources,
-    }
-    return json.loads(json.dumps(conditions))
-
-
-def conversion_of(recipe: Recipe) -> Conversion:
-    """ViT-AdaLA's conversion, or the mechanism's own.
-
-    Raises:
-        ValueError: An unknown mechanism, or one without a conversion of its own.
-    """
-    mixer = resolve_mechanism(recipe.mechanism)
-    if recipe.conversion == "adala":
-        return ADALA
-    native = getattr(mixer, "native_conversion", None)
-    if native is None:
-        raise ValueError(f"mechanism {recipe.mechanism} has no conversion of its own: use --conversion adala")
-    return native
-
-
-def run_folder(recipe: Recipe) -> RunFolder:
-    return RunFolder(Path(recipe.runs_dir) / recipe.run_name)
-
-
-def build_teacher(recipe: Recipe) -> VisionTransformer:
+def build_teacher(plan: TeacherPlan) -> VisionTransformer:
     """The frozen teacher in float32 on this rank's device."""
-    config = recipe.teacher
-    checkpoint = TEACHER_PATH if config.checkpoint == EMBEDDED else config.checkpoint
-    if len(recipe.data.image_size) != 2:
-        raise ValueError(f"data.image_size must be [height, width] in pixels, not {recipe.data.image_size}")
-    teacher = load_teacher(config.name, recipe.data.image_size, checkpoint, config.pretrained, config.model_args)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(plan.seed)
+        teacher = load_teacher(plan.name, plan.image_size, plan.checkpoint, plan.pretrained, plan.model_args)
     return teacher.to(device())
 
 
-def unaligned_student(recipe: Recipe, teacher: VisionTransformer) -> VisionTransformer:
+def unaligned_student(model: ModelPlan, teacher: VisionTransformer) -> LinearizedVisionTransformer:
     """The linearized teacher, in training mode."""
-    return linearize(teacher, recipe.mechanism, recipe.keep, recipe.mechanism_options, recipe.seed)
+    student = model.student
+    return linearize(teacher, student.mechanism, student.keep, student.mechanism_options, model.seed)
 
 
-def starting_student(recipe: Recipe, number: int, teacher: VisionTransformer) -> tuple[VisionTransformer, str]:
-    """The student that a stage begins with, and in words where it comes from.
+@dataclass(frozen=True)
+class Start:
+    """The student that a stage begins with.
+
+    Attributes:
+        folder: Where it lies; None is the linearized teacher.
+        digest: What identifies it.
+        origin: In words.
+    """
+
+    folder: Path | None
+    digest: str
+    origin: str
+
+
+def find_start(run: RunFolder, plan: StagePlan) -> Start:
+    """Where the stage starts from, as it lies on the disk now; rank 0 calls it.
 
     Raises:
-        ValueError: ``start_from`` names a folder without a student, or one of another model or mechanism.
+        ValueError: ``start_from`` names a folder without a student, or one of another teacher, model or mechanism.
     """
-    run, start_from = run_folder(recipe), recipe.stage(number).start_from
-    unaligned = unaligned_student(recipe, teacher)
+    number, start_from = plan.number, plan.config.start_from
+    if start_from == "linearized":
+        return Start(None, "linearized", f"the linearized teacher, as stage{number}.start_from says")
     if start_from == "auto":
-        earlier = [n for n in range(number - 1, 0, -1) if run.is_finished(n) and has_student(run.stage(n))]
+        earlier = [n for n in range(number - 1, 0, -1) if run.stage(n).record() and has_student(run.stage(n).path)]
         if not earlier:
-            return unaligned, "the linearized teacher" + (f" (no stage {number - 1} in this run)" if number > 1 else "")
-        folder = run.stage(earlier[0])
-    elif start_from == "linearized":
-        return unaligned, f"the linearized teacher, as stage{number}.start_from says"
+            missing = f" (no stage {number - 1} in this run)" if number > 1 else ""
+            return Start(None, "linearized", f"the linearized teacher{missing}")
+        _check_same_model(run, earlier[0], plan)
+        folder = run.stage(earlier[0]).path
     else:
         folder = Path(start_from).expanduser()
-    found, wanted = read_description(folder), describe_student(recipe, unaligned, teacher)
+    found = read_description(folder)
     for key in ("backbone", "model_args", "mechanism", "mechanism_options", "keep"):
-        if getattr(found, key) != getattr(wanted, key):
+        ours = getattr(plan.model.student, key)
+        if getattr(found, key) != ours:
             raise ValueError(
-                f"the student in {folder} has {key} {getattr(found, key)!r}, this recipe {getattr(wanted, key)!r}: "
+                f"the student in {folder} has {key} {getattr(found, key)!r}, this recipe {ours!r}: "
                 f"choose another --run_name, or --stage{number}.start_from linearized"
             )
-    student = load_student(folder).to(device())
-    return student.train().requires_grad_(True), f"the student in {folder}"
+    return Start(folder, file_digest(folder / WEIGHTS), f"the student in {folder}")
 
 
-def describe_student(recipe: Recipe, student: VisionTransformer, teacher: VisionTransformer) -> StudentDescription:
-    mean, std = normalisation(recipe, teacher)
-    return StudentDescription(
-        backbone=recipe.teacher.name,
-        model_args=dict(recipe.teacher.model_args),
-        image_size=[grid * patch for grid, patch in zip(*_grid_and_patch(student), strict=True)],
-        mechanism=recipe.mechanism,
-        mechanism_options=dict(recipe.mechanism_options),
-        keep=list(recipe.keep),
-        mean=mean,
-        std=std,
-    )
-
-
-def _grid_and_patch(model: VisionTransformer) -> tuple[tuple[int, int], tuple[int, int]]:
-    return model.patch_embed.grid_size, model.patch_embed.patch_size
-
-
-def normalisation(recipe: Recipe, teacher: VisionTransformer) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of the input: the recipe's, else those the teacher was trained with."""
-    mean = recipe.data.mean or teacher.default_cfg["mean"]
-    std = recipe.data.std or teacher.default_cfg["std"]
-    return list(mean), list(std)
-
-
-def build_stage(
-    recipe: Recipe, number: int, plan: StagePlan, student: VisionTransformer, teacher: VisionTransformer
-) -> Stage:
-    """The stage module, with everything frozen that the conversion does not train."""
-    ds_config = load_ds_config(recipe.ds_config)
-    # The teacher computes in the student's precision, so that a student equal to it is equal to the bit.
-    teacher = teacher.to(compute_dtype(ds_config))
-    if plan.step.lora is not None:
-        _insert_adapters(student, plan.step.lora, recipe.seed)
-    patterns = QKV_PATTERNS if number == 2 and plan.config.trainable == "qkv" else plan.step.trainable
-    freeze_except(student, patterns)
-    if number == 2:
-        freeze_matching(student, plan.config.freeze)
-    if number == 1:
-        # ZeRO-3 frees weights after each module's forward pass, so gradients cannot be taken inside the stage's.
-        release = zero_stage(ds_config) < 3
-        if not release and plan.config.loss == "attention_map_cross_entropy":
+def _check_same_model(run: RunFolder, earlier: int, plan: StagePlan) -> None:
+    before = run.stage(earlier).record().conditions
+    for key, now in plan.conditions.items():
+        if key.startswith(("teacher.", "mechanism", "keep")) and before.get(key) != now:
             raise ValueError(
-                f"ds_config {recipe.ds_config}: ZeRO-3 gathers weights for a module's forward pass only, and the loss "
-                "attention_map_cross_entropy takes a mixer's feature maps by themselves: use ZeRO 0, 1 or 2"
+                f"stage {earlier} of {run.path} was made with {key} {before.get(key)!r}, this recipe has {now!r}: run "
+                f"it again (--stage {earlier} --overwrite), choose another --run_name, or "
+                f"--stage{plan.number}.start_from linearized"
             )
-        return AttentionAlignment(student, teacher, plan.config.loss, release_activations=release)
-    if number == 2:
-        return FeatureAlignment(student, teacher, plan.config.loss)
+
+
+def load_start(start: Start, model: ModelPlan, teacher: VisionTransformer) -> LinearizedVisionTransformer:
+    """The student that a stage starts from, on this rank's device, everything trainable."""
+    if start.folder is None:
+        return unaligned_student(model, teacher)
+    return load_student(start.folder).to(device()).train().requires_grad_(True)
+
+
+def prepare_student(plan: StagePlan, student: LinearizedVisionTransformer) -> None:
+    """Inserts the stage's adapters, and freezes everything that it does not train."""
+    if plan.step.lora is not None:
+        _insert_adapters(student, plan.step.lora, plan.model.seed)
+    freeze_except(student, plan.trainable)
+    freeze_matching(student, plan.frozen)
+
+
+def build_stage(plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer) -> Stage:
+    """The stage module around a prepared student."""
+    # The teacher computes in the student's precision, so that a student equal to it is equal to the bit.
+    return STAGE_BUILDERS[plan.kind.name](plan, student, teacher.to(plan.model.precision.dtype))
+
+
+def _build_attention_alignment(
+    plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer
+) -> AttentionAlignment:
+    # ZeRO-3 frees weights after each module's forward pass, so gradients cannot be taken inside the stage's.
+    release = plan.model.precision.zero_stage < 3
+    if not release and plan.config.loss == "attention_map_cross_entropy":
+        raise ValueError(
+            f"ds_config {plan.model.precision.name}: ZeRO-3 gathers weights for a module's forward pass only, and the "
+            "loss attention_map_cross_entropy takes a mixer's feature maps by themselves: use ZeRO 0, 1 or 2"
+        )
+    return AttentionAlignment(student, teacher, plan.config.loss, release_activations=release)
+
+
+def _build_feature_alignment(
+    plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer
+) -> FeatureAlignment:
+    return FeatureAlignment(student, teacher, plan.config.loss)
+
+
+def _build_finetuning(
+    plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer
+) -> Finetuning:  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        head = build_head(student, plan.config.num_classes, plan.config.pooling).to(device())
-    if plan.config.head_init == "probe":
-        fit_head(recipe, plan, student, teacher, head)
-    return Finetuning(student, teacher, head, plan.config.label_smoothing, plan.config.freeze_backbone)
+        torch.default_generator.manual_seed(plan.model.seed)
+        head = plan.task.build_head(student)
+    head = head.to(student.patch_embed.proj.weight.device)
+    return Finetuning(student, teacher, plan.task, head, plan.config.freeze_backbone)
 
 
-def fit_head(
-    recipe: Recipe, plan: StagePlan, student: VisionTransformer, teacher: VisionTransformer, head: ClassificationHead
-) -> None:
+STAGE_BUILDERS: dict[str, Callable[[StagePlan, LinearizedVisionTransformer, VisionTransformer], Stage]] = {
+    "attention_alignment": _build_attention_alignment,
+    "feature_alignment": _build_feature_alignment,
+    "finetuning": _build_finetuning,
+}
+
+
+def measure_on_data(plan: StagePlan, stage: Stage) -> None:
+    """What a stage wants to know of its training data before it starts; every rank calls it."""
+    if stage.calibrated_targets:
+        stage.calibrate(build_evaluation_loader(plan.data, plan.training, CALIBRATION_SAMPLES))
+    if getattr(plan.config, "head_init", None) == "probe":
+        _fit_head(plan, stage)
+
+
+def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
     """Starts the head as a linear probe on frozen features: gradients of a random head would first distort them.
 
     Paper: arXiv 2202.10054 (LP-FT).
     """
-    index = data_index(recipe, plan.sources)
-    batches = build_evaluation_loader(recipe, index, teacher, plan.config.head_init_samples, require_label=True)
-    features = collect_features(student.eval(), batches, plan.config.pooling)
+    batches = build_evaluation_loader(plan.data, plan.training, plan.config.head_init_samples, labelled=True)
+    head, student = stage.head, stage.student.eval()
+    features = collect_features(student, batches, plan.config.pooling)
     normalized = Features(head.norm(features.values.to(device())).cpu(), features.labels)
     # On rank 0 alone: L-BFGS would round differently on machines that differ.
-    fitted = fit_probe(normalized, plan.config.num_classes, recipe.evaluation.probe_l2) if rank() == 0 else None
+    fitted = fit_probe(normalized, plan.config.num_classes, plan.probe_l2) if rank() == 0 else None
     weight, bias = broadcast_object(fitted)
     head.linear.load_state_dict({"weight": weight, "bias": bias})
     student.train()
 
 
-def _insert_adapters(student: VisionTransformer, lora: LoraSpec, seed: int) -> None:
+def _insert_adapters(student: LinearizedVisionTransformer, lora: LoraSpec, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for block in student.blocks:
             insert_lora(block.attn, lora.rank, lora.alpha, lora.targets)
 
 
-def build_engine(recipe: Recipe, plan: StagePlan, stage: nn.Module) -> Engine:
+def build_engine(plan: StagePlan, stage: nn.Module) -> Engine:
     config = plan.config
     head_lr = getattr(config, "head_lr", None)
     return Engine(
@@ -260,89 +204,99 @@ def build_engine(recipe: Recipe, plan: StagePlan, stage: nn.Module) -> Engine:
         lambda module: build_optimizer(
             module, config.lr, config.weight_decay, config.betas, {"head.": head_lr} if head_lr else None
         ),
-        load_ds_config(recipe.ds_config),
+        plan.model.precision,
         plan.micro_batch_size,
         plan.gradient_accumulation_steps,
         config.gradient_clipping,
     )
 
 
-def data_index(recipe: Recipe, sources: Sequence[str]) -> ShardIndex:
-    """The shards behind ``sources``; the embedded ones are written below runs_dir when first asked for.
-
-    Raises:
-        ValueError: See ``adala.data.load_index``; the same on every rank.
-    """
-    folder = Path(recipe.runs_dir) / "embedded-fashion-mnist"
-    if any(source.startswith(f"{EMBEDDED}:") for source in sources):
-        error = None
-        if rank() == 0:
-            try:
-                write_embedded(folder)
-            except (ValueError, OSError) as raised:
-                error = raised
-        raise_together(error)
-    return load_index([_embedded_pattern(source, folder) for source in sources])
-
-
-def _embedded_pattern(source: str, folder: Path) -> str:
-    name, _, split = source.partition(":")
-    if name != EMBEDDED:
-        return source
-    if split not in ("train", "val"):
-        raise ValueError(f"{source}: the embedded data are embedded:train and embedded:val")
-    return str(folder / f"{split}-*.tar")
-
-
-def build_train_loader(
-    recipe: Recipe, number: int, plan: StagePlan, index: ShardIndex, teacher: VisionTransformer, state: StreamState
-) -> TrainLoader:
-    mean, std = normalisation(recipe, teacher)
-    check_image_size(teacher, recipe.data.image_size)
-    transform = build_train_transform(tuple(recipe.data.image_size), mean, std, augmentation=plan.config.augmentation)
-    loader = TrainLoader(
-        index,
+def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> TrainLoader:  # noqa: B008 (immutable)
+    """The stage's training batches on this rank, from where ``state`` stands."""
+    data = plan.data
+    transform = build_train_transform(data.image_size, data.mean, data.std, augmentation=plan.config.augmentation)
+    return TrainLoader(
+        plan.training,
         transform,
         global_batch_size=plan.config.global_batch_size,
         micro_batch_size=plan.micro_batch_size,
-        seed=recipe.seed,
+        seed=plan.model.seed,
         rank=rank(),
         world_size=world_size(),
-        num_workers=recipe.data.num_workers,
-        shuffle_buffer=recipe.data.shuffle_buffer,
-        require_label=number == 3,
+        num_workers=data.num_workers,
+        shuffle_buffer=data.shuffle_buffer,
+        labelled=plan.task is not None,
         pin_memory=device().type == "cuda",
         state=state,
     )
-    say(
-        f"{index.num_samples} training samples in {len(index.shards)} shards: {loader.steps_per_epoch} steps an epoch, "
-        f"{loader.dropped_samples} samples of each epoch dropped at its end"
-    )
-    return loader
 
 
 def build_evaluation_loader(
-    recipe: Recipe,
-    index: ShardIndex,
-    teacher: VisionTransformer,
-    limit: int | None = None,
-    require_label: bool = False,
+    data: DataPlan, index: ShardIndex, limit: int | None = None, labelled: bool = False
 ) -> EvaluationLoader:
-    """Held-out samples, each once over all ranks; ``limit`` takes the first so many only.
-
-    Raises:
-        ValueError: Fewer samples than ranks.
-    """
-    if index.num_samples < world_size():
-        raise ValueError(f"data.val holds {index.num_samples} samples, fewer than the {world_size()} ranks")
-    mean, std = normalisation(recipe, teacher)
+    """This rank's part of a data set, each sample once over all ranks; ``limit`` takes the first so many only."""
     return EvaluationLoader(
         index,
-        build_eval_transform(tuple(recipe.data.image_size), mean, std),
-        batch_size=recipe.evaluation.batch_size,
+        build_eval_transform(data.image_size, data.mean, data.std),
+        batch_size=data.evaluation_batch_size,
         rank=rank(),
         world_size=world_size(),
-        num_workers=recipe.data.num_workers,
-        require_label=require_label,
+        num_workers=data.num_workers,
+        labelled=labelled,
         limit=limit,
+    )
+
+
+def build_monitor_loader(plan: StagePlan) -> EvaluationLoader:
+    """What a stage is evaluated on while it trains."""
+    return build_evaluation_loader(plan.data, plan.held_out, plan.monitor_samples, labelled=plan.task is not None)
+
+
+def build_scorer(data: DataPlan, evaluation: EvaluationPlan, teacher: VisionTransformer) -> Scorer:
+    """Scores a run's models on all held-out samples."""
+    labelled = evaluation.probe_train is not None
+    probe_train = None
+    if labelled:
+        probe_train = build_evaluation_loader(data, evaluation.probe_train, evaluation.probe_samples, labelled=True)
+    held_out = build_evaluation_loader(data, evaluation.held_out, labelled=labelled)
+    return Scorer(teacher, held_out, probe_train, evaluation.probe_l2)
+
+
+def rehearse(plan: RunPlan) -> None:
+    """Builds everything that the plan's stages consist of, without memory or data, so that what fails fails now.
+
+    Raises:
+        ValueError: Whatever a builder refuses, or a disk without room for the run's checkpoints and students.
+    """
+    model = plan.model
+    with torch.device("meta"):
+        outline = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
+        check_image_size(outline, model.teacher.image_size)
+        for stage_plan in plan.stages:
+            student = unaligned_student(model, outline)
+            prepare_student(stage_plan, student)
+            build_stage(stage_plan, student, outline)
+    for stage_plan in plan.stages:
+        build_train_loader(stage_plan)
+        build_monitor_loader(stage_plan)
+    parameters = sum(p.numel() for p in outline.parameters())
+    _check_disk(plan.run.path, parameters, len(plan.stages))
+
+
+def _check_disk(path: Path, parameters: int, stages: int) -> None:
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    needed = stages * parameters * (CHECKPOINT_BYTES_PER_PARAMETER + EXPORT_BYTES_PER_PARAMETER)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} has {free / 2**20:,.0f} MiB left, and checkpoints and students of this run may need "
+            f"{needed / 2**20:,.0f} MiB: make room, or choose another runs_dir"
+        )
+
+
+def say_stream(plan: StagePlan, loader: TrainLoader) -> None:
+    """Says how the training samples divide into steps."""
+    say(
+        f"{plan.training.num_samples} training samples in {len(plan.training.shards)} shards: "
+        f"{loader.steps_per_epoch} steps an epoch, {loader.dropped_samples} samples of each epoch dropped at its end"
     )

@@ -16,6 +16,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tiny"
+# What a conversion may state about a stage in place of the recipe.
+CONVERSION_KEYS = tuple(f"stage{number}.{key}" for number in (1, 2, 3) for key in ("loss", "lr", "weight_decay"))
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -29,7 +31,8 @@ class TeacherConfig:
     pretrained: bool = False
     """Whether timm fetches the pretrained weights of that name."""
     checkpoint: str | None = None
-    """Local weights (.safetensors or .pth) under timm's keys; ``embedded`` is the teacher in the package."""
+    """Local weights (.safetensors or .pth) under timm's keys; ``embedded`` is the teacher in the package, ``random`` a
+    network with random weights, for speed tests."""
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of timm's constructor (embed_dim, depth, patch_size, ...)."""
 
@@ -169,6 +172,9 @@ class Recipe:
     """Blocks that keep their softmax attention (a hybrid), counted from 0."""
     conversion: Literal["adala", "native"] = "adala"
     """ViT-AdaLA's stages, or the conversion that the mechanism's own authors use."""
+    over_conversion: list[str] = dataclasses.field(default_factory=list)
+    """Keys (``stage1.lr``, say) whose value here goes before what a native conversion states; those given on the
+    command line are added by themselves."""
     ds_config: str = "zero1"
     """DeepSpeed configuration (ZeRO and precision only): a name in ds_configs/ or a path."""
     tensorboard: bool = True
@@ -253,6 +259,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
         raise ValueError(f"command line: {_one_sentence(error)}") from error
     built = parser.instantiate(parsed)
     recipe = Recipe(**{field.name: getattr(built, field.name) for field in dataclasses.fields(Recipe)})
+    asked = [key for key in _keys_given(arguments) if key in CONVERSION_KEYS and key not in recipe.over_conversion]
+    recipe = dataclasses.replace(recipe, over_conversion=[*recipe.over_conversion, *asked])
     stages = (1, 2, 3) if parsed.stage == "all" else (int(parsed.stage),)
     return Command(recipe, stages, parsed.overwrite)
 
@@ -264,6 +272,12 @@ def load_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Re
         ValueError: As :func:`parse_command`.
     """
     return parse_command(["--recipe", name, *overrides]).recipe
+
+
+def _keys_given(arguments: Sequence[str]) -> list[str]:
+    """The dotted keys on a command line, each once."""
+    options = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    return list(dict.fromkeys(options))
 
 
 def _recipe_argument(arguments: Sequence[str]) -> str:

@@ -6,27 +6,91 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+SHARED_MEMORY = Path("/dev/shm")
+# DeepSpeed's CPU all-reduce creates one such file of 66 MB for each rank and never removes it.
+ALLREDUCE_BUFFERS = "deepspeed_allreduce_buffer_*"
+# A file so young may belong to a process that has created it and not yet mapped it.
+YOUNG_S = 60
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Joins the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    NCCL where there are GPUs, gloo on CPUs, where each local rank also gets its share of the cores as threads: two
+    NCCL where GPUs are used, gloo on CPUs, where each local rank also gets its share of the cores as threads: two
     ranks that each start a thread per core slow each other down several times. OMP_NUM_THREADS overrides that.
+
+    Raises:
+        ValueError: There are more ranks on this machine than GPUs.
     """
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    if torch.cuda.is_available():
+    if uses_gpu():
+        if local_rank() >= torch.cuda.device_count():
+            raise ValueError(
+                f"{local_world_size()} ranks on this machine, which has {torch.cuda.device_count()} GPUs: start as "
+                "many ranks as GPUs (--num_gpus), or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
         torch.cuda.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, _available_cores() // local_world_size()))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if local_rank() == 0:
+        remove_orphaned_buffers()
+    backend = "nccl" if uses_gpu() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def uses_gpu() -> bool:
+    """Whether ranks compute on GPUs: where there are any, unless DeepSpeed's own switch DS_ACCELERATOR says ``cpu``."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def unlink_allreduce_buffers() -> None:
+    """Takes the names off the buffers of this run that all ranks have mapped; every rank calls it.
+
+    Nameless, they vanish with the last process that maps them, however it ends.
+    """
+    barrier()
+    prefix = ALLREDUCE_BUFFERS.rstrip("*")
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    (SHARED_MEMORY / f"{prefix}{os.getuid()}_{address}_{port}_{rank()}").unlink(missing_ok=True)
+
+
+def remove_orphaned_buffers() -> None:
+    """Removes the buffers of this user that runs left which were killed before their names were taken off."""
+    found = [path for path in SHARED_MEMORY.glob(ALLREDUCE_BUFFERS) if _is_old_and_ours(path)]
+    if not found:
+        return
+    mapped = "".join(_memory_map(process) for process in Path("/proc").glob("[0-9]*"))
+    for path in found:
+        if str(path) not in mapped:
+            path.unlink(missing_ok=True)
+
+
+def _is_old_and_ours(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return False
+    return status.st_uid == os.getuid() and time.time() - status.st_mtime > YOUNG_S
+
+
+def _memory_map(process: Path) -> str:
+    try:
+        return (process / "maps").read_text()
+    except OSError:
+        # Ended meanwhile, or another user's, which cannot map this user's buffers.
+        return ""
 
 
 def close_distributed() -> None:
@@ -53,12 +117,12 @@ def local_world_size() -> int:
 
 def device() -> torch.device:
     """This rank's GPU, or the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if uses_gpu() else torch.device("cpu")
 
 
 def peak_memory_mib() -> float:
     """Highest memory of this rank so far, in MiB: what PyTorch allocated on its GPU, or the process's resident set."""
-    if torch.cuda.is_available():
+    if uses_gpu():
         return torch.cuda.max_memory_allocated() / 2**20
     return peak_resident_mib()
 
@@ -117,6 +181,24 @@ def raise_together(error: Exception | None) -> None:
     first = next((message for message in messages if message is not None), None)
     if first is not None:
         raise ValueError(first)
+
+
+def from_rank_0(action: Callable[[], Result]) -> Result:
+    """What ``action`` returns on rank 0, which alone carries it out; every rank calls this and gets it.
+
+    One rank looks and decides, so that no two can come to different answers.
+
+    Raises:
+        ValueError: On every rank, where the action failed on rank 0 (there the error itself, if it is an OSError).
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except (ValueError, OSError) as raised:
+            error = raised
+    raise_together(error)
+    return broadcast_object(result)
 
 
 def report_error(error: Exception) -> None:

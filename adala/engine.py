@@ -1,68 +1,23 @@
 """DeepSpeed behind four verbs: call, backward, step, save. The only file that imports deepspeed."""
 
-import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adala.distributed import device, rank, world_size
+from adala.distributed import device, raise_together, rank, unlink_allreduce_buffers, uses_gpu, world_size
+from adala.ds_config import DeepSpeedConfig
 
-if not torch.cuda.is_available():
+if not uses_gpu():
     # Without it DeepSpeed asks every accelerator in turn, which prints warnings and can pick one torch cannot use.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param
-
-CONFIG_FOLDERS = (Path("ds_configs"), Path(__file__).resolve().parent.parent / "ds_configs")
-RECIPE_KEYS = {
-    "train_batch_size": "stageN.global_batch_size",
-    "train_micro_batch_size_per_gpu": "stageN.micro_batch_size",
-    "gradient_accumulation_steps": "stageN.micro_batch_size (the rest of the global batch is accumulated)",
-    "gradient_clipping": "stageN.gradient_clipping",
-    "optimizer": "stageN.lr, stageN.weight_decay and stageN.betas",
-    "scheduler": "stageN.schedule and stageN.warmup_steps",
-}
-
-
-def load_ds_config(name: str) -> dict[str, Any]:
-    """Reads a DeepSpeed configuration that holds ZeRO and precision only.
-
-    Args:
-        name: Name in ``ds_configs/`` or path to a JSON file.
-
-    Raises:
-        ValueError: No such file, not JSON, or a key that the recipe owns (batch, rate, clipping): two places that say
-            the same would one day disagree.
-    """
-    candidates = [Path(name)] if name.endswith(".json") else [folder / f"{name}.json" for folder in CONFIG_FOLDERS]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        known = sorted({p.stem for folder in CONFIG_FOLDERS for p in folder.glob("*.json")})
-        raise ValueError(f"ds_config {name}: there is no such configuration; known are {', '.join(known)}")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"ds_config {path}: not valid JSON ({error})") from error
-    for key, owner in RECIPE_KEYS.items():
-        if key in config:
-            raise ValueError(f"ds_config {path}: {key} belongs into the recipe, as {owner}: remove it here")
-    if config.get("fp16", {}).get("enabled"):
-        raise ValueError(f"ds_config {path}: fp16 overflows in linear attention's token sums: use bf16 or neither")
-    return config
-
-
-def zero_stage(config: Mapping[str, Any]) -> int:
-    return config.get("zero_optimization", {}).get("stage", 0)
-
-
-def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the student's weights and activations: bfloat16 or float32."""
-    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 
 class Engine:
@@ -72,7 +27,7 @@ class Engine:
         self,
         module: nn.Module,
         build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        config: Mapping[str, Any],
+        config: DeepSpeedConfig,
         micro_batch_size: int,
         gradient_accumulation_steps: int,
         gradient_clipping: float,
@@ -82,20 +37,22 @@ class Engine:
         Args:
             module: The stage; moved to this rank's device and cast to the configuration's precision.
             build_optimizer: Called with the moved module.
-            config: ZeRO and precision, from :func:`load_ds_config`.
+            config: ZeRO and precision.
             micro_batch_size: Samples per rank and forward pass.
             gradient_accumulation_steps: Forward passes per optimizer step.
             gradient_clipping: Largest global gradient norm; 0 is none.
         """
         deepspeed.utils.logger.setLevel("WARNING")
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.zero_stage = zero_stage(config)
-        self._full_precision = _frozen_copies(module) if rank() == 0 else {}
+        self.zero_stage = config.zero_stage
+        rounded = config.dtype != torch.float32
+        # As they are before DeepSpeed casts them to bf16.
+        self._unrounded = {name: t.detach().cpu().clone() for name, t in _tensors(module)} if rounded else {}
         module.to(device())
         optimizer = build_optimizer(module)
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         full_config = {
-            **config,
+            **config.values,
             "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size(),
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -106,6 +63,19 @@ class Engine:
             model=module, optimizer=optimizer, config=full_config, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
+        self._norm = math.nan
+        if self.zero_stage == 0:
+            self._guard_updates(optimizer)
+        if not uses_gpu():
+            unlink_allreduce_buffers()
+        if rounded:
+            self._restore_masters()
+
+    def _restore_masters(self) -> None:
+        """Gives the optimizer the weights as they came: DeepSpeed copies its float32 weights from the rounded ones."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, self._unrounded[name].float().to(device()))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return self._engine(batch)
@@ -115,8 +85,23 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """Counts a forward pass, and updates the weights when a whole global batch has been seen."""
+        """Counts a forward pass, and updates the weights when a whole global batch has been seen.
+
+        A gradient that is not finite leaves the weights as they are; :meth:`was_step_applied` tells.
+        """
+        if self.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._norm = float(nn.utils.get_total_norm(gradients))
         self._engine.step()
+
+    def _guard_updates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Without ZeRO nobody looks at the gradient before it is applied; ZeRO 1 to 3 do."""
+        update = optimizer.step
+
+        def step(*arguments: Any, **options: Any) -> Any:
+            return update(*arguments, **options) if math.isfinite(self._norm) else None
+
+        optimizer.step = step
 
     def set_rate(self, factor: float) -> None:
         """Sets each parameter group's rate to ``factor`` times its peak."""
@@ -124,13 +109,17 @@ class Engine:
             group["lr"] = factor * peak
 
     def was_step_applied(self) -> bool:
-        """Whether the last :meth:`step` changed the weights; DeepSpeed skips steps that overflow without a word."""
-        return self._engine.was_step_applied()
+        """Whether the last :meth:`step` changed the weights; a gradient that is not finite is passed over."""
+        return self._engine.was_step_applied() and (self.zero_stage > 0 or math.isfinite(self._norm))
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step before clipping."""
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm())
+
+    def has_finite_weights(self) -> bool:
+        """Whether this rank's part of the weights holds neither NaN nor infinity."""
+        parts = (getattr(parameter, "ds_tensor", parameter) for parameter in self.module.parameters())
+        return all(bool(part.detach().isfinite().all()) for part in parts)
 
     def train(self) -> None:
         self._engine.train()
@@ -138,9 +127,42 @@ class Engine:
     def eval(self) -> None:
         self._engine.eval()
 
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes :meth:`save` writes on all ranks together."""
+        counted = [
+            (getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in self.module.parameters()
+        ]
+        weights = sum(numel * size for numel, size, _ in counted)
+        # AdamW's two moments, and under ZeRO the float32 weights.
+        per_trained = 12 if self.zero_stage else 8
+        return weights + per_trained * sum(numel for numel, _, trains in counted if trains)
+
     def save(self, folder: Path) -> None:
-        """Writes weights and optimizer of all ranks below ``folder``; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        """Writes weights and optimizer of all ranks below ``folder``; every rank calls it.
+
+        Raises:
+            ValueError: A rank could not write its part.
+        """
+        error: Exception | None = None
+        writer = self._engine.checkpoint_engine
+        write = writer.save
+
+        def keep_error(*arguments: Any, **options: Any) -> Any:
+            # DeepSpeed's other ranks wait for this one: it may fail only after the last barrier.
+            nonlocal error
+            try:
+                return write(*arguments, **options)
+            except (OSError, RuntimeError) as raised:
+                error = raised
+
+        writer.save = keep_error
+        try:
+            self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        finally:
+            writer.save = write
+        if error is not None:
+            error = ValueError(f"could not write the checkpoint {folder}: {error}; is the disk full?")
+        raise_together(error)
 
     def load(self, folder: Path) -> None:
         """Reads what :meth:`save` wrote, on as many ranks and under the same ZeRO stage.
@@ -153,22 +175,30 @@ class Engine:
             raise ValueError(f"checkpoint {folder}: DeepSpeed finds nothing to load there")
 
     def full_state(self) -> dict[str, Tensor]:
-        """All parameters and buffers in float32 on the CPU, gathered from whatever ZeRO stage; every rank calls it.
+        """All parameters and buffers on the CPU, gathered from whatever ZeRO stage; every rank calls it.
 
-        Trained parameters come from the optimizer's float32 copies and frozen ones from before the cast to bf16, so
-        that nothing is rounded. Only rank 0 gets the tensors; other ranks get an empty dict.
+        Parameters are float32: trained ones from the optimizer's float32 copies. What training left alone comes
+        unrounded, from before the cast to bf16; what it changed, as it is now. Only rank 0 gets the tensors; other
+        ranks get an empty dict.
         """
         state = {}
-        parameters = dict(self.module.named_parameters())
-        for name, parameter in parameters.items():
+        for name, parameter in self.module.named_parameters():
             full = self._full_parameter(parameter)
             if rank() == 0:
-                state[name] = self._full_precision.get(name, full).detach().float().cpu().clone()
+                state[name] = self._unless_changed(name, full).float()
         if rank() == 0:
             for name, buffer in self.module.state_dict().items():
-                if name not in parameters:
-                    state[name] = self._full_precision.get(name, buffer).detach().cpu().clone()
+                if name not in state:
+                    state[name] = self._unless_changed(name, buffer)
         return state
+
+    def _unless_changed(self, name: str, now: Tensor) -> Tensor:
+        """A copy on the CPU of the tensor before it was rounded, where it is still that, else of what it is now."""
+        now = now.detach().cpu()
+        before = self._unrounded.get(name)
+        if before is not None and before.shape == now.shape and torch.equal(before.to(now.dtype), now):
+            return before.clone()
+        return now.clone()
 
     def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
         if parameter.requires_grad:
@@ -185,8 +215,7 @@ class Engine:
         self._engine.destroy()
 
 
-def _frozen_copies(module: nn.Module) -> dict[str, Tensor]:
-    """What training does not change, before it is cast: frozen parameters and floating-point buffers."""
-    frozen = {name: p.detach().cpu().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    buffers = {name: b.detach().cpu().clone() for name, b in module.named_buffers() if b.is_floating_point()}
-    return {**frozen, **buffers}
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, those that a state dict leaves out too."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.backbones import build_backbone
-from adala.heads import ClassificationHead
-from adala.students import linearize
+from adala.students import LinearizedVisionTransformer, linearize
+from adala.tasks import Task, read_task
 
 WEIGHTS = "student.safetensors"
 DESCRIPTION = "model.json"
@@ -32,7 +31,7 @@ class StudentDescription:
         keep: Blocks that kept their softmax attention.
         mean: Per-channel mean of the input, in [0, 1].
         std: Per-channel standard deviation of the input.
-        head: Arguments of the classification head (num_classes, pooling), or None where there is none.
+        task: What the head was trained for, see :func:`adala.tasks.describe_task`; None without a head.
     """
 
     backbone: str
@@ -43,7 +42,7 @@ class StudentDescription:
     keep: list[int]
     mean: list[float]
     std: list[float]
-    head: dict[str, Any] | None = None
+    task: dict[str, Any] | None = None
 
 
 def save_student(
@@ -79,7 +78,7 @@ def read_description(folder: str | Path) -> StudentDescription:
         raise ValueError(f"{path} is not a student's description: {error}") from error
 
 
-def load_student(folder: str | Path) -> VisionTransformer:
+def load_student(folder: str | Path) -> LinearizedVisionTransformer:
     """The student in ``folder``, in eval mode on the CPU; ``student(images)`` gives (B, N, D) features of all tokens.
 
     Raises:
@@ -92,38 +91,32 @@ def load_student(folder: str | Path) -> VisionTransformer:
     return student.eval()
 
 
-class Classifier(nn.Module):
-    """A student and its classification head: images (B, 3, height, width) to logits (B, classes)."""
+class TaskModel(nn.Module):
+    """A student and its head: images (B, 3, height, width) to the task's predictions."""
 
-    def __init__(self, student: VisionTransformer, head: ClassificationHead):
+    def __init__(self, student: LinearizedVisionTransformer, head: nn.Module, task: Task):
         super().__init__()
         self.student = student
         self.head = head
+        self.task = task
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.student(images))
 
 
-def load_classifier(folder: str | Path) -> Classifier:
-    """The student in ``folder`` with its fine-tuned head, in eval mode on the CPU.
+def load_classifier(folder: str | Path) -> TaskModel:
+    """The student in ``folder`` with its fine-tuned head, in eval mode on the CPU; gives logits (B, classes).
 
     Raises:
         ValueError: See :func:`load_student`; also when the student has no head (only Stage 3 exports one).
     """
     description = read_description(folder)
-    if description.head is None:
+    if description.task is None:
         raise ValueError(f"{folder} holds a student without a head: use load_student, or fine-tune it (--stage 3)")
-    student = load_student(folder)
-    head = build_head(student, **description.head)
+    task, student = read_task(description.task), load_student(folder)
+    head = task.build_head(student)
     _load_tensors(head, Path(folder) / HEAD_WEIGHTS)
-    return Classifier(student, head).eval()
-
-
-def build_head(student: VisionTransformer, num_classes: int, pooling: str) -> ClassificationHead:
-    """A classification head that fits a student's features."""
-    return ClassificationHead(
-        student.embed_dim, num_classes, student.num_prefix_tokens, pooling, student.has_class_token
-    )
+    return TaskModel(student, head, task).eval()
 
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:

@@ -5,13 +5,13 @@ Shapes: B batch, H heads, N tokens, d head dim, M features.
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adala.attention import accumulation_dtype, full_precision
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+# (prediction, target, variance of the target) -> scalar
+Loss = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -23,19 +23,25 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction.to(dtype), target.to(dtype))
 
 
-def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error divided by the target's variance over all elements, a scalar: 1 is what a constant scores.
+def normalized_mse(prediction: Tensor, target: Tensor, variance: float) -> Tensor:
+    """Mean squared error in units of the target's variance, a scalar: 1 is what a constant scores.
+
+    The variance is a constant, measured once over many images (:meth:`adala.stages.Stage.calibrate`): that of each
+    batch would weigh images by their batch-mates, and the gradient would depend on ranks and micro-batches.
 
     Differs: the paper's loss is not normalised; here blocks and models whose activations differ by orders of magnitude
-    (DINOv2's outlier channels) weigh alike and one learning rate serves them. A target without variance is divided by
-    the smallest normal number instead of zero, so that an exact prediction still scores 0.
+    (DINOv2's outlier channels) weigh alike and one learning rate serves them.
     """
-    dtype = accumulation_dtype(prediction)
-    variance = target.to(dtype).var(correction=0)
-    return mse(prediction, target) / variance.clamp_min(torch.finfo(dtype).tiny)
+    return mse(prediction, target) / variance
 
 
-ALIGNMENT_LOSSES: dict[str, Loss] = {"mse": mse, "normalized_mse": normalized_mse}
+def _plain_mse(prediction: Tensor, target: Tensor, variance: float) -> Tensor:
+    return mse(prediction, target)
+
+
+ALIGNMENT_LOSSES: dict[str, Loss] = {"mse": _plain_mse, "normalized_mse": normalized_mse}
+# Losses that need the target's variance.
+CALIBRATED_LOSSES = ("normalized_mse",)
 
 
 def attention_map_cross_entropy(
@@ -62,32 +68,7 @@ def attention_map_cross_entropy(
         return -(target * weights.clamp_min(clamp_min).log()).sum(-1).mean()
 
 
-def attention_map_kl(
-    query_features: Tensor, key_features: Tensor, teacher_q: Tensor, teacher_k: Tensor, clamp_min: float = 1e-12
-) -> Tensor:
-    """The cross-entropy above minus the softmax map's entropy: 0 where the maps agree."""
-    with full_precision(teacher_q):
-        scores = _scores(teacher_q, teacher_k)
-        entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
-    return attention_map_cross_entropy(query_features, key_features, teacher_q, teacher_k, clamp_min) - entropy
-
-
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """d^-1/2 q k^T, (B, H, N, N)."""
     dtype = accumulation_dtype(q)
     return q.shape[-1] ** -0.5 * q.to(dtype) @ k.to(dtype).transpose(-2, -1)
-
-
-@torch.no_grad()
-def mean_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """Cosine similarity of tokens (..., D), averaged over tokens; a scalar without gradient."""
-    dtype = accumulation_dtype(prediction)
-    return F.cosine_similarity(prediction.to(dtype), target.to(dtype), dim=-1).mean()
-
-
-@torch.no_grad()
-def relative_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """||prediction - target|| / ||target|| over all elements, a scalar without gradient."""
-    dtype = accumulation_dtype(prediction)
-    difference = prediction.to(dtype) - target.to(dtype)
-    return difference.norm() / target.to(dtype).norm().clamp_min(torch.finfo(dtype).tiny)

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -69,7 +69,7 @@ def build_optimizer(
             decays = parameter.ndim > 1 and not name.endswith(NO_DECAY_NAMES)
             groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": p, "lr": rate, "peak_lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+        [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
         betas=tuple(betas),
     )
 
@@ -84,9 +84,3 @@ def rate_factor(
         return 1.0
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def set_rates(groups: Iterable[dict], factor: float) -> None:
-    """Sets each group's rate to ``factor`` times its peak."""
-    for group in groups:
-        group["lr"] = factor * group["peak_lr"]

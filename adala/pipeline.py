@@ -3,161 +3,278 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
+
+import torch
 
 from adala.attention import merge_lora
 from adala.build import (
-    FEATURE_POOLING,
+    Start,
     build_engine,
     build_evaluation_loader,
+    build_monitor_loader,
+    build_scorer,
     build_stage,
     build_teacher,
     build_train_loader,
-    conversion_of,
-    data_index,
-    describe_student,
-    plan_stage,
-    resume_conditions,
-    run_folder,
-    starting_student,
+    find_start,
+    load_start,
+    measure_on_data,
+    prepare_student,
+    rehearse,
+    say_stream,
     unaligned_student,
 )
 from adala.config import Recipe, recipe_to_yaml
-from adala.conversion import STAGE_NAMES
-from adala.distributed import barrier, device, raise_together, rank
+from adala.data import StreamState, TrainLoader
+from adala.distributed import barrier, device, from_rank_0, gather_objects, raise_together, rank
 from adala.engine import Engine
-from adala.evaluation.classification import classifier_top1
-from adala.evaluation.features import FeatureCollector, collect_features, compare_features
-from adala.evaluation.linear_probe import linear_probe_top1
-from adala.export import (
-    StudentDescription,
-    has_student,
-    load_classifier,
-    load_student,
-    save_student,
-)
+from adala.evaluation import Evaluator, Score
+from adala.export import WEIGHTS, load_classifier, load_student, read_description, save_student
+from adala.files import file_digest, remove_tree, write_whole
+from adala.lineage import START, Decision, decide, refuse_changed
+from adala.plan import RunPlan, StagePlan, resolve_run
 from adala.progress import MetricWriter, say
-from adala.report import ReportRow, draw_report, print_report, write_report
+from adala.report import Report, ReportRow, draw_report, print_report, read_report, write_report
+from adala.runs import OverwriteOrder, StageFolder, StageRecord
+from adala.similarity import relative_error
+from adala.stages import Stage
+from adala.tasks import describe_task
 from adala.trainer import Trainer
+
+# How far the features of an exported student may be from those of the one that was trained, both computed in the
+# training's precision: in float32 the order of sums, in bfloat16 also the rounding of merged adapters.
+EXPORT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+CHECKED_IMAGES = 8
 
 
 def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -> None:
-    """Runs stages in order, and scores the run when it has been asked for all of them; every rank calls it.
+    """Runs stages in order, and scores the run when it has been asked for several of them; every rank calls it.
+
+    Nothing of the run is touched before all that was asked for has been checked, and no result is removed before the
+    one that takes its place is complete.
 
     Raises:
         ValueError: Something about recipe, data or an earlier run is wrong; the message says what to do.
     """
-    run = run_folder(recipe)
-    finished = [number for number in stages if run.is_finished(number)]
-    if not overwrite and finished == list(stages):
-        raise ValueError(
-            f"stage {', '.join(map(str, finished))} of run {run.path} is finished already: "
-            "add --overwrite to run it again, or choose another --run_name"
-        )
-    for number in stages:
-        if number in finished and not overwrite:
-            say(f"stage {number} of {run.path} is finished already: going on with the next")
-        elif conversion_of(recipe).step(STAGE_NAMES[number]) is None and len(stages) > 1:
+    plan = resolve_run(recipe, stages)
+    _rehearse_everywhere(plan)
+    for note in plan.notes:
+        say(note)
+    with plan.run.held():
+        order = from_rank_0(partial(_open_run, plan, stages, overwrite))
+        for number in plan.left_out:
             say(f"stage {number} is no part of {recipe.mechanism}'s {recipe.conversion} conversion: left out")
-        else:
-            run_stage(recipe, number, overwrite)
-    if len(stages) > 1:
-        rows = score_run(recipe)
-        if rank() == 0:
-            write_report(run.report, rows)
-            print_report(rows, title=str(run.path))
-            draw_report(run, rows)
-    elif rank() == 0:
-        draw_report(run, [])
-    barrier()
+        did = [run_stage(plan, stage, order) for stage in plan.stages]
+        if len(stages) > 1:
+            did.append(report_run(plan))
+        elif rank() == 0 and any(did):
+            draw_report(plan.run, None)
+        from_rank_0(plan.run.close_order)
+        if not any(did):
+            numbers = ", ".join(str(stage.number) for stage in plan.stages)
+            raise ValueError(
+                f"stage {numbers} of run {plan.run.path} is finished already: "
+                "add --overwrite to run it again, or choose another --run_name"
+            )
 
 
-def run_stage(recipe: Recipe, number: int, overwrite: bool = False) -> None:
-    """Trains one stage to its end, resuming where an earlier attempt stopped, and exports its student."""
-    run = run_folder(recipe)
-    plan = plan_stage(recipe, number)
-    teacher = build_teacher(recipe)
-    student, origin = starting_student(recipe, number, teacher)
-    stage = build_stage(recipe, number, plan, student, teacher)
-    training_index, held_out_index = data_index(recipe, plan.sources), data_index(recipe, recipe.data.val)
-    if rank() == 0:
-        if overwrite:
-            run.remove_stage(number)
-        run.stage(number).mkdir(parents=True, exist_ok=True)
-        (run.stage(number) / "config.yaml").write_text(recipe_to_yaml(recipe))
-    barrier()
-    say(f"stage {number} ({plan.step.stage}) of {run.path}: starting from {origin}")
-
-    engine = build_engine(recipe, plan, stage)
-    writer = MetricWriter(run.stage(number), f"stage {number}", plan.config.steps, recipe.tensorboard)
-    trainer = Trainer(
-        engine,
-        plan.config,
-        partial(build_train_loader, recipe, number, plan, training_index, teacher),
-        build_evaluation_loader(
-            recipe, held_out_index, teacher, recipe.evaluation.monitor_samples, require_label=number == 3
-        ),
-        writer,
-        run.checkpoints(number),
-        resume_conditions(recipe, number, plan),
-        seed=recipe.seed,
-    )
-    try:
-        metrics = trainer.fit()
-        export_stage(recipe, number, engine, describe_student(recipe, student, teacher))
-    finally:
-        writer.close()
-    if rank() == 0:
-        run.mark_finished(number, metrics)
-    engine.close()
-    barrier()
-
-
-def export_stage(recipe: Recipe, number: int, engine: Engine, description: StudentDescription) -> None:
-    """Writes the stage's student, gathered from whatever ZeRO stage, and reads it back; every rank calls it."""
-    state = engine.full_state()
+def _rehearse_everywhere(plan: RunPlan) -> None:
     error = None
-    if rank() == 0:
-        try:
-            folder = run_folder(recipe).stage(number)
-            student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-            head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-            if head:
-                config = recipe.stage3
-                description = replace(description, head={"num_classes": config.num_classes, "pooling": config.pooling})
-            save_student(folder, merge_lora(student), description, head or None)
-            load_student(folder)
-        except (ValueError, OSError) as raised:
-            error = raised
+    try:
+        rehearse(plan)
+    except (ValueError, OSError) as raised:
+        error = raised
     raise_together(error)
 
 
-def score_run(recipe: Recipe) -> list[ReportRow]:
+def _open_run(plan: RunPlan, stages: Sequence[int], overwrite: bool) -> OverwriteOrder | None:
+    """Looks at what is there, refuses what cannot be, and notes an order to overwrite."""
+    plan.run.complete_installations()
+    if not overwrite:
+        for stage in plan.stages:
+            refuse_changed(plan.run, stage.number, stage.conditions)
+    # Of the later ones the start is not there yet.
+    find_start(plan.run, plan.stages[0])
+    if not overwrite:
+        return None
+    order, is_old = plan.run.overwrite_order(stages)
+    if is_old:
+        say(
+            f"going on with the --overwrite of {order.since}, which was not carried out to its end; to begin it again, "
+            f"remove {plan.run.path / 'overwrite.json'} first"
+        )
+    return order
+
+
+def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None = None) -> bool:
+    """Trains one stage to its end, resuming where an earlier attempt stopped, and exports its student.
+
+    Returns:
+        False where it was finished already and is left alone.
+    """
+    start, decision = from_rank_0(partial(_decide, run_plan, plan, order))
+    say(f"stage {plan.number} ({plan.kind.title}) of {run_plan.run.path}: {decision.reason}")
+    if decision.folder is None:
+        return False
+    say(f"stage {plan.number}: starting from {start.origin}")
+    teacher = build_teacher(plan.model.teacher)
+    student = load_start(start, plan.model, teacher)
+    prepare_student(plan, student)
+    stage = build_stage(plan, student, teacher)
+    measure_on_data(plan, stage)
+    conditions = {**plan.conditions, START: start.digest}
+    from_rank_0(partial(_open_stage, run_plan, decision, conditions))
+
+    engine = build_engine(plan, stage)
+    metrics = _train(run_plan, plan, engine, stage, decision.folder)
+    digest = export_stage(plan, engine, stage, decision.folder)
+    engine.close()
+    record = StageRecord(conditions, digest, metrics, None if order is None else order.id)
+    from_rank_0(partial(_finish_stage, run_plan, plan, decision, record))
+    return True
+
+
+def _decide(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None) -> tuple[Start, Decision]:
+    start = find_start(run_plan.run, plan)
+    return start, decide(run_plan.run, plan.number, plan.conditions, start.digest, order)
+
+
+def _open_stage(run_plan: RunPlan, decision: Decision, conditions: dict[str, Any]) -> None:
+    folder = decision.folder
+    if decision.is_new:
+        remove_tree(folder.path)
+    folder.start_attempt(conditions)
+    write_whole(folder.config, recipe_to_yaml(run_plan.recipe))
+
+
+def _finish_stage(run_plan: RunPlan, plan: StagePlan, decision: Decision, record: StageRecord) -> None:
+    decision.folder.finish(record)
+    if decision.replaces:
+        run_plan.run.install(plan.number)
+
+
+def _train(
+    run_plan: RunPlan, plan: StagePlan, engine: Engine, stage: Stage, folder: StageFolder
+) -> dict[str, float]:  # fmt: skip
+    def build_loader(state: StreamState) -> TrainLoader:
+        loader = build_train_loader(plan, state)
+        say_stream(plan, loader)
+        return loader
+
+    writer = MetricWriter(folder.path, f"stage {plan.number}", plan.config.steps, run_plan.recipe.tensorboard)
+    trainer = Trainer(
+        engine,
+        plan.config,
+        build_loader,
+        build_monitor_loader(plan),
+        lambda: Evaluator(stage.student, plan.task),
+        writer,
+        folder.checkpoints,
+        seed=plan.model.seed,
+    )
+    try:
+        return trainer.fit()
+    finally:
+        writer.close()
+
+
+def export_stage(plan: StagePlan, engine: Engine, stage: Stage, folder: StageFolder) -> str:
+    """Writes the stage's student, gathered from whatever ZeRO stage; every rank calls it.
+
+    It is read back and must give the features that the trained one gives.
+
+    Returns:
+        The digest of its weights.
+
+    Raises:
+        ValueError: It does not.
+    """
+    state = engine.full_state()
+    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, None, plan.task is not None)))
+    batch = {key: value[:CHECKED_IMAGES] if key != "epoch" else value for key, value in batch.items()}
+    engine.eval()
+    with torch.no_grad():
+        trained = engine(batch)["features"]
+    return from_rank_0(partial(_write_student, plan, stage, folder, state, batch, trained))
+
+
+def _write_student(
+    plan: StagePlan,
+    stage: Stage,
+    folder: StageFolder,
+    state: dict[str, torch.Tensor],
+    batch: dict[str, Any],
+    trained: torch.Tensor,
+) -> str:
+    student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+    description = replace(plan.model.student, task=describe_task(plan.task) if plan.task else None)
+    save_student(folder.path, merge_lora(student), description, head or None)
+    precision = plan.model.precision
+    reloaded = load_student(folder.path).to(device(), precision.dtype)
+    cast = torch.autocast(device().type, precision.autocast_dtype, enabled=precision.autocast_dtype is not None)
+    with torch.no_grad(), cast:
+        features = reloaded(stage.images_for(reloaded, batch))
+    error = float(relative_error(features, trained))
+    tolerance = EXPORT_TOLERANCE[precision.autocast_dtype or precision.dtype]
+    if not error <= tolerance:
+        raise ValueError(
+            f"the student written to {folder.path} does not give the features of the one that was trained (relative "
+            f"error {error:.2g}, at most {tolerance:g}): please report this; the checkpoints are intact"
+        )
+    return file_digest(folder.path / WEIGHTS)
+
+
+def report_run(plan: RunPlan) -> bool:
+    """Scores the run and writes its report, unless one of these very students is there; every rank calls it."""
+    wanted = from_rank_0(partial(_identify_students, plan))
+    if wanted is None:
+        return False
+    report = score_run(plan, wanted)
+    if rank() == 0:
+        write_report(plan.run, report)
+        print_report(report, title=str(plan.run.path))
+        draw_report(plan.run, report)
+    barrier()
+    return True
+
+
+def _identify_students(plan: RunPlan) -> dict[str, Any] | None:
+    """What a report of the run as it lies there is of; None where its report is of just that."""
+    records = {n: plan.run.stage(n).record() for n in (1, 2, 3)}
+    students = {f"stage {number}": record.student for number, record in records.items() if record is not None}
+    identity = {"teacher": plan.model.teacher.digest, **students, **plan.evaluation.conditions}
+    earlier = read_report(plan.run)
+    return None if earlier is not None and earlier.identity == identity else identity
+
+
+def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     """Scores teacher, unaligned student, and each stage's student on the held-out data; every rank calls it.
 
-    Top-1 is that of a linear probe on frozen features, and of Stage 3's own head after it; None without labels.
+    The score is that of a linear probe on frozen features, and of a stage's own head after it; None without labels.
     """
-    run = run_folder(recipe)
-    teacher = build_teacher(recipe)
-    students = {"teacher": teacher, "linearized": unaligned_student(recipe, teacher).eval()}
-    students |= {f"stage {n}": load_student(run.stage(n)).to(device()) for n in (1, 2, 3) if has_student(run.stage(n))}
-    config = recipe.evaluation
-    probe_index = data_index(recipe, config.probe_train or recipe.data.train)
-    held_out_index = data_index(recipe, recipe.data.val)
-    probe = partial(build_evaluation_loader, recipe, probe_index, teacher, config.probe_samples)
-    held_out = partial(build_evaluation_loader, recipe, held_out_index, teacher)
-    labelled = all("label" in next(iter(loader())) for loader in (probe, held_out))
-    rows = []
-    for name, student in students.items():
-        probed = labelled and name != "stage 3"
-        collector = FeatureCollector(student, FEATURE_POOLING) if probed else None
-        cosine = compare_features(student, teacher, held_out(), collector)["feature_cosine"]
-        top1 = None
-        if name == "stage 3":
-            classifier = load_classifier(run.stage(3)).to(device())
-            top1 = classifier_top1(classifier, held_out(), recipe.stage3.num_classes)
-        elif probed:
-            fitted_on = collect_features(student, probe(), FEATURE_POOLING)
-            top1 = linear_probe_top1(fitted_on, collector.gathered(), l2=config.probe_l2)
-        rows.append(ReportRow(name, None if top1 is None else round(top1, 2), round(cosine, 5)))
-        say(f"scored {name}: top-1 {'-' if top1 is None else f'{top1:.2f} %'}, feature cosine {cosine:.4f}")
-    return rows
+    teacher = build_teacher(plan.model.teacher)
+    scorer = build_scorer(plan.data, plan.evaluation, teacher)
+    rows: list[ReportRow] = []
+
+    def add(name: str, score: Score) -> None:
+        rows.append(ReportRow(name, score.value, score.metrics["feature_cosine"]))
+        value = "-" if score.value is None else f"{score.value:.2f} %"
+        say(f"scored {name}: top-1 {value}, feature cosine {score.metrics['feature_cosine']:.4f}")
+
+    add("teacher", scorer.frozen(teacher))
+    add("linearized", scorer.frozen(unaligned_student(plan.model, teacher).eval()))
+    for number in (1, 2, 3):
+        if f"stage {number}" not in identity:
+            continue
+        folder = plan.run.stage(number).path
+        if plan.evaluation.probe_train is not None and read_description(folder).task is not None:
+            tuned = load_classifier(folder).to(device())
+            add(f"stage {number}", scorer.tuned(tuned.student, tuned.head, tuned.task))
+        else:
+            add(f"stage {number}", scorer.frozen(load_student(folder).to(device())))
+    unusable = sum(gather_objects(sum(scorer.held_out.bad_samples.values())))
+    if unusable:
+        say(f"{unusable} held-out samples could not be used, and are left out of all rows alike")
+    return Report(rows, identity, unusable)

@@ -44,7 +44,8 @@ class MetricWriter:
         if not self.active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / METRICS).open("a")
+        _drop_torn_line(folder / METRICS)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(folder / "tensorboard")) if tensorboard else None
         self._bar = _build_bar() if sys.stdout.isatty() else None
         self._task = self._bar.add_task(title, total=steps, note="") if self._bar else None
@@ -57,7 +58,7 @@ class MetricWriter:
             return
         elapsed = time.monotonic() - self._start
         row = {"split": split, "step": step, "time_s": round(elapsed, 3), **values}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard:
             for name, value in values.items():
@@ -82,12 +83,33 @@ class MetricWriter:
 def read_metrics(folder: Path, split: str) -> list[dict[str, float]]:
     """The rows of one split that a stage has written so far, in order.
 
-    A resumed stage repeats the steps after its checkpoint; of rows with the same step the last one counts.
+    A resumed stage repeats the steps after its checkpoint; of rows with the same step the last one counts. Lines that
+    are not whole are left out, and said.
     """
     path = folder / METRICS
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    by_step = {row["step"]: row for row in rows if row["split"] == split}
+    rows, damaged = [], 0
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            rows += [row] if row["split"] == split else []
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        say(f"{path}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
+    by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Removes the beginning of a line that a killed process left at the end, so that the next one is not spoilt."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            file.truncate(len(whole))
+            say(f"{path}: the last line was cut short, and is dropped")
 
 
 def _build_bar() -> Progress:

@@ -1,13 +1,13 @@
 """A run's report: one table, as text and JSON, and one picture of loss curves and scores."""
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from adala.files import read_json, write_json
 from adala.progress import read_metrics
 from adala.runs import RunFolder
 
@@ -30,36 +30,66 @@ class ReportRow:
     feature_cosine: float
 
 
-def write_report(path: Path, rows: list[ReportRow]) -> None:
-    """Writes ``{"rows": [{"model", "top1", "feature_cosine"}, ...]}``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+@dataclass(frozen=True)
+class Report:
+    """A run's scores.
+
+    Attributes:
+        rows: One a model.
+        identity: Digests and conditions of what was scored: a report of other students than those there is stale.
+        unusable_samples: Held-out samples that could not be decoded, and are left out of all rows alike.
+    """
+
+    rows: list[ReportRow]
+    identity: dict[str, Any]
+    unusable_samples: int = 0
 
 
-def read_report(path: Path) -> list[ReportRow]:
-    return [ReportRow(**row) for row in json.loads(path.read_text())["rows"]]
+def write_report(run: RunFolder, report: Report) -> None:
+    """Writes ``report.json``: ``{"rows": [{"model", "top1", "feature_cosine"}, ...], "identity", ...}``."""
+    rows = [
+        {"model": row.model, "top1": _rounded(row.top1, 2), "feature_cosine": _rounded(row.feature_cosine, 5)}
+        for row in report.rows
+    ]
+    write_json(run.report, {**asdict(report), "rows": rows})
 
 
-def print_report(rows: list[ReportRow], title: str) -> None:
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def read_report(run: RunFolder) -> Report | None:
+    """The run's report; None where there is none, or one that cannot be read: it can be made again."""
+    try:
+        stored = read_json(run.report)
+        if stored is None:
+            return None
+        return Report([ReportRow(**row) for row in stored.pop("rows")], **stored)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def print_report(report: Report, title: str) -> None:
     """Prints the rows as one table."""
     table = Table(title=title)
     table.add_column("model")
     table.add_column("top-1 (%)", justify="right")
     table.add_column("feature cosine", justify="right")
-    for row in rows:
+    for row in report.rows:
         table.add_row(row.model, "-" if row.top1 is None else f"{row.top1:.2f}", f"{row.feature_cosine:.4f}")
     Console(width=72).print(table)
 
 
-def draw_report(run: RunFolder, rows: list[ReportRow]) -> None:
+def draw_report(run: RunFolder, report: Report | None) -> None:
     """Draws each stage's loss over its steps, training and held-out, and the rows' scores where there are any."""
-    stages = [number for number in STAGE_TITLES if read_metrics(run.stage(number), "train")]
+    rows = report.rows if report else []
+    stages = [number for number in STAGE_TITLES if read_metrics(run.stage(number).path, "train")]
     panels = len(stages) + (2 if rows else 0)
     figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, number in zip(axes, stages, strict=False):
         for split, style in (("train", "-"), ("val", "o--")):
-            metrics = read_metrics(run.stage(number), split)
+            metrics = read_metrics(run.stage(number).path, split)
             axis.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], style, label=split, markersize=4)
         axis.set(title=STAGE_TITLES[number], xlabel="optimizer step", ylabel="loss")
         axis.set_yscale("log")
@@ -70,7 +100,9 @@ def draw_report(run: RunFolder, rows: list[ReportRow]) -> None:
         _draw_bars(axes[-2], names, [row.top1 or 0.0 for row in rows], "top-1 (%)", "{:.1f}")
         _draw_bars(axes[-1], names, [row.feature_cosine for row in rows], "feature cosine to the teacher", "{:.3f}")
     run.path.mkdir(parents=True, exist_ok=True)
-    figure.savefig(run.picture, dpi=110)
+    partial = run.picture.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(run.picture)
 
 
 def _draw_bars(axis, names: list[str], values: list[float], title: str, form: str) -> None:

@@ -9,19 +9,12 @@ from typing import Any
 
 import torch
 
-from adala.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from adala.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from adala.config import StageConfig
 from adala.data import EvaluationLoader, StreamState, TrainLoader
-from adala.distributed import (
-    all_reduce_sum,
-    any_rank,
-    device,
-    gather_objects,
-    peak_memory_mib,
-    rank,
-    world_size,
-)
+from adala.distributed import all_reduce_sum, any_rank, gather_objects, peak_memory_mib, rank, world_size
 from adala.engine import Engine
+from adala.evaluation import Evaluator
 from adala.optim import rate_factor
 from adala.progress import MetricWriter, say
 
@@ -35,9 +28,9 @@ class Trainer:
         config: Lengths and rates.
         build_loader: Called with the state of the stream to continue from.
         evaluation_loader: Held-out data, or None.
+        build_evaluator: Gives a fresh evaluator of the held-out data.
         writer: Where metrics go.
         checkpoint_folder: Where checkpoints go.
-        conditions: What a checkpoint must agree with to be continued, by recipe key: data, batch, seed, mechanism, ...
         seed: Of whatever the model draws while it trains; every step is seeded anew, so that a resumed run draws the
             same.
     """
@@ -46,29 +39,28 @@ class Trainer:
     config: StageConfig
     build_loader: Callable[[StreamState], TrainLoader]
     evaluation_loader: EvaluationLoader | None
+    build_evaluator: Callable[[], Evaluator]
     writer: MetricWriter
     checkpoint_folder: Path
-    conditions: Mapping[str, Any]
     seed: int = 0
     step: int = 0
     skipped_in_a_row: int = 0
     reported_bad_samples: dict[str, int] = field(default_factory=dict)
 
     def fit(self) -> dict[str, float]:
-        """Trains from the newest complete checkpoint, or from the start, to the last step.
+        """Trains from the newest whole checkpoint, or from the start, to the last step.
 
         Returns:
             The last evaluation's metrics; empty without an evaluation loader.
 
         Raises:
-            ValueError: The loss is not finite, too many steps were skipped in a row, or the data are at fault; every
-                rank raises.
+            ValueError: Loss, weights or metrics are not finite, too many steps were skipped in a row, or the data or
+                the disk are at fault; every rank raises.
         """
         loader = self.build_loader(self._resume())
         batches = iter(loader)
         if self.step == 0:
             self.evaluate()
-        metrics: dict[str, float] = {}
         while self.step < self.config.steps:
             metrics = self.train_step(batches)
             self.step += 1
@@ -76,17 +68,23 @@ class Trainer:
             if self.step % self.config.log_every == 0 or last:
                 self.writer.write("train", self.step, metrics)
                 self._report_bad_samples(loader)
-            if self._due(self.config.evaluate_every) and not last:
+            if last:
+                break
+            if self._due(self.config.evaluate_every):
                 self.evaluate()
-            if self._due(self.config.save_every) or last:
+            if self._due(self.config.save_every):
                 self._save(loader)
-        return self.evaluate()
+        # Before the last checkpoint: one whose metrics are not finite is not to be started from.
+        metrics = self.evaluate()
+        self._save(loader)
+        return metrics
 
     def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """One optimizer step over a global batch; returns its metrics averaged over ranks and micro-batches."""
         started = time.perf_counter()
         config, engine = self.config, self.engine
         engine.train()
+        engine.module.begin_step(self.step)
         torch.manual_seed(self.seed + 1_000_003 * (self.step * world_size() + rank()))
         factor = rate_factor(self.step, config.steps, config.warmup_steps, config.schedule, config.min_lr / config.lr)
         engine.set_rate(factor)
@@ -98,48 +96,54 @@ class Trainer:
             if micro_step + 1 == engine.gradient_accumulation_steps:
                 # Before the weights change: a checkpoint of a model that is all NaN helps nobody.
                 metrics = _mean_over_ranks(total, engine.gradient_accumulation_steps)
-                self._refuse_non_finite(metrics)
+                self._refuse_non_finite(metrics, self.step + 1)
             engine.step()
-        self._count_skipped()
+        if self._was_skipped():
+            metrics["skipped_steps"] = self.skipped_in_a_row
+        else:
+            metrics["gradient_norm"] = engine.gradient_norm()
         return {
             **metrics,
             "lr": factor * config.lr,
-            "gradient_norm": engine.gradient_norm(),
             "images_per_s": config.global_batch_size / (time.perf_counter() - started),
             "peak_memory_mib": peak_memory_mib(),
         }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics over the held-out data, each sample counted once; every rank calls it and gets the same."""
+        """Metrics over the held-out data, each sample counted once; every rank calls it and gets the same.
+
+        Raises:
+            ValueError: One is not finite.
+        """
         if self.evaluation_loader is None:
             return {}
         self.engine.eval()
-        total: dict[str, torch.Tensor] = {}
-        count = torch.zeros((), device=device())
-        for batch, weight in _equal_length(self.evaluation_loader):
-            for name, value in self.engine(batch).items():
-                total[name] = total.get(name, 0) + weight * value.detach().float()
-            count += weight
-        sums = all_reduce_sum(torch.stack([*total.values(), count]))
-        metrics = dict(zip(total, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        evaluator = self.build_evaluator()
+        for batch, is_new in _equally_many(self.evaluation_loader):
+            outputs = self.engine(batch)
+            if is_new:
+                evaluator.update(outputs, batch)
+        evaluator.reduce()
+        metrics = evaluator.compute()
+        self._refuse_non_finite(metrics, self.step)
         self.writer.write("val", self.step, metrics)
         return metrics
 
     def _resume(self) -> StreamState:
-        """Restores the newest complete checkpoint, if there is one; returns where its stream of samples stood."""
-        checkpoints = complete_checkpoints(self.checkpoint_folder)
-        if not checkpoints:
+        """Restores the newest whole checkpoint, if there is one; returns where its stream of samples stood."""
+        path = newest_checkpoint(self.checkpoint_folder)
+        if path is None:
             return StreamState()
-        state = load_checkpoint(checkpoints[-1], self.engine, self.conditions)
+        state = load_checkpoint(path, self.engine)
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        say(f"resuming from {checkpoints[-1]} at step {self.step} of {self.config.steps}")
+        say(f"resuming from {path} at step {self.step} of {self.config.steps}")
         return StreamState.from_dict(state["stream"])
 
     def _save(self, loader: TrainLoader) -> None:
         state = {"stream": loader.state.to_dict(), "skipped_in_a_row": self.skipped_in_a_row}
-        save_checkpoint(self.checkpoint_folder, self.engine, self.step, {**state, "conditions": dict(self.conditions)})
+        save_checkpoint(self.checkpoint_folder, self.engine, self.step, state)
 
     def _report_bad_samples(self, loader: TrainLoader) -> None:
         """Says which shards had samples that could not be decoded, whenever this rank has met new ones."""
@@ -151,26 +155,27 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _refuse_non_finite(self, metrics: dict[str, float]) -> None:
+    def _refuse_non_finite(self, metrics: Mapping[str, float], step: int) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(
-                f"step {self.step + 1}: {', '.join(bad)} not finite; the last checkpoint is intact: "
+                f"step {step}: {', '.join(bad)} not finite; the last checkpoint is intact: "
                 "lower the learning rate, lengthen the warm-up, or look at the data"
             )
 
-    def _count_skipped(self) -> None:
-        """Stops a run whose optimizer silently skips its steps (DeepSpeed does on overflow)."""
-        if any_rank(not self.engine.was_step_applied()):
-            self.skipped_in_a_row += 1
-            say(f"step {self.step + 1}: the optimizer skipped this step (overflow)")
-        else:
+    def _was_skipped(self) -> bool:
+        """Whether the weights were left alone because the gradient was not finite; too often stops the run."""
+        if not any_rank(not self.engine.was_step_applied()):
             self.skipped_in_a_row = 0
+            return False
+        self.skipped_in_a_row += 1
+        say(f"step {self.step + 1}: skipped, its gradient is not finite")
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise ValueError(
-                f"step {self.step + 1}: {self.skipped_in_a_row} optimizer steps in a row were skipped for overflow: "
-                "lower the learning rate, or use a ds_config without bf16"
+                f"step {self.step + 1}: the gradients of {self.skipped_in_a_row} steps in a row were not finite, and "
+                "the weights were left alone: lower the learning rate, or use a ds_config without bf16"
             )
+        return True
 
 
 def _mean_over_ranks(total: dict[str, torch.Tensor], micro_steps: int) -> dict[str, float]:
@@ -179,14 +184,20 @@ def _mean_over_ranks(total: dict[str, torch.Tensor], micro_steps: int) -> dict[s
     return dict(zip(total, values.tolist(), strict=True))
 
 
-def _equal_length(loader: EvaluationLoader) -> Iterator[tuple[dict[str, Any], int]]:
-    """This rank's batches with their sizes as weights, then its last one with weight 0 until all ranks are through.
+def _equally_many(loader: EvaluationLoader) -> Iterator[tuple[dict[str, Any], bool]]:
+    """This rank's batches, then its last one again and again until all ranks are through; whether it is a new one.
 
     Under ZeRO-3 a forward pass is a collective: a rank with fewer batches than another must keep calling.
+
+    Raises:
+        ValueError: A rank found no usable sample; every rank raises.
     """
-    longest = max(gather_objects(len(loader)))
-    batch = None
-    for batch in loader:
-        yield batch, len(batch["id"])
-    for _ in range(longest - len(loader)):
-        yield batch, 0
+    batches = iter(loader)
+    last = next(batches, None)
+    if any_rank(last is None):
+        raise ValueError("a rank found no usable held-out sample: name other shards in data.val")
+    yield last, True
+    for _ in range(max(gather_objects(len(loader))) - 1):
+        batch = next(batches, None)
+        last = last if batch is None else batch
+        yield last, batch is not None

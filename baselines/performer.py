@@ -33,7 +33,8 @@ class PerformerOptions:
         feature_eps: Added to every feature in mode ``max``.
         kernel_eps: Added to every feature in mode ``relu``.
         row_norms: Length of the projection's rows: that of a fresh ``gaussian`` each, or ``constant`` sqrt(d).
-        redraw_interval: Training forwards after which a new projection is drawn; 0 is never. Evaluation never draws.
+        redraw_interval: Optimizer steps after which a new projection is drawn; 0 is never. The trainer says which step
+            begins; a training loop of one's own calls ``begin_step`` of every mixer.
         seed: Mixed with an integer from torch's global generator, drawn at construction, so that the layers of a
             model differ and are reproducible whenever the global generator is seeded.
     """
@@ -130,11 +131,9 @@ class PerformerMixer(TokenMixer):
         self.register_buffer("projection", self._draw(int(layer_seed)).to(torch.get_default_device()))
         if self.options.redraw_interval:
             self.register_buffer("layer_seed", layer_seed.to(torch.get_default_device()))
-            self.register_buffer("num_training_forwards", torch.zeros((), dtype=torch.int64))
+            self._draws = 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        if self.training and self.options.redraw_interval:
-            self._count_and_redraw()
         with full_precision(v):
             return linear_attention(*self.feature_maps(q, k), v)
 
@@ -152,16 +151,16 @@ class PerformerMixer(TokenMixer):
         return orthogonal_projection(self.options.num_features, self.shape.head_dim, generator, self.options.row_norms)
 
     @torch.no_grad()
-    def _count_and_redraw(self) -> None:
-        """Draws a new projection before every ``redraw_interval``-th training forward but the first.
+    def begin_step(self, step: int) -> None:
+        """Draws a new projection at every ``redraw_interval``-th optimizer step but the first.
 
-        A function of the layer's seed and the counter alone, so that a resumed run draws what the first would have.
+        A function of the layer's seed and the step alone, so that all ranks, and a resumed run, draw the same.
         """
-        redraw, remainder = divmod(int(self.num_training_forwards), self.options.redraw_interval)
-        if redraw > 0 and remainder == 0:
+        draws = step // self.options.redraw_interval if self.options.redraw_interval else 0
+        if draws and draws != self._draws:
             # A new tensor: the old one may still be saved for a backward pass.
-            self.projection = self._draw(int(self.layer_seed) + redraw * _SEED_RANGE).to(self.projection)
-        self.num_training_forwards += 1
+            self.projection = self._draw(int(self.layer_seed) + draws * _SEED_RANGE).to(self.projection)
+            self._draws = draws
 
 
 def performer_reference(

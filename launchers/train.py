@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
         command = parse_command(arguments)
         init_distributed()
         run_stages(command.recipe, command.stages, command.overwrite)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         report_error(error)
         return 1
     close_distributed()

@@ -61,6 +61,13 @@ class TokenMixer(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward")
 
+    def begin_step(self, step: int) -> None:
+        """Called by the trainer before optimizer step ``step``, counted from 0; most mechanisms have nothing to do.
+
+        What changes in the course of training changes here, as a function of the step alone: forward passes are more
+        or fewer depending on micro-batches and recomputation.
+        """
+
     def extra_repr(self) -> str:
         return repr(self.options)
 

@@ -34,6 +34,7 @@ from adala.data.samples import (
     DecodeError,
     RawSample,
     Sample,
+    bad_sample_limit,
     decode,
     fill_slots,
     read_positions,
@@ -49,9 +50,9 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def collate(samples: list[Sample], images: list[torch.Tensor], epoch: int) -> Batch:
-    """``image`` (B, 3, H, W), ``label`` (B,) int64 if every sample has one, ``id`` and ``epoch``."""
+    """``image`` (B, 3, H, W), ``label`` (B,) int64 where labels are asked for, ``id`` and ``epoch``."""
     batch: Batch = {"image": torch.stack(images), "id": [sample.id for sample in samples], "epoch": epoch}
-    if all(sample.label is not None for sample in samples):
+    if samples[0].label is not None:
         batch["label"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
     return batch
 
@@ -86,7 +87,7 @@ class TrainStream(IterableDataset):
     rank: int
     usable: int
     seed: int
-    require_label: bool
+    labelled: bool
     max_bad_fraction: float
 
     def __iter__(self) -> Iterator[Batch]:
@@ -107,12 +108,12 @@ class TrainStream(IterableDataset):
             state = StreamState(state.epoch + 1, (fresh,))
 
     def _micro_batches(self, part: WorkerRange, micro_batch_size: int, epoch: int) -> Iterator[Batch]:
-        bad = BadSamples(len(part.positions), self.max_bad_fraction)
+        bad = BadSamples(bad_sample_limit(len(part.positions), self.max_bad_fraction))
         samples = fill_slots(
             self._raw_samples(part, part.consumed, epoch),
             lambda: self._raw_samples(part, 0, epoch),
             bad,
-            self.require_label,
+            self.labelled,
         )
         batch: list[Sample] = []
         for sample in samples:
@@ -150,7 +151,7 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int = 0,
         shuffle_buffer: int = 1000,
-        require_label: bool = False,
+        labelled: bool = False,
         pin_memory: bool = False,
         state: StreamState = StreamState(),  # noqa: B008 (immutable)
         max_bad_fraction: float = 0.01,
@@ -167,7 +168,7 @@ class TrainLoader:
             world_size: Number of ranks.
             num_workers: Data workers of this rank; 0 reads in this process.
             shuffle_buffer: Samples among which each worker shuffles, undecoded; 0 and 1 do not shuffle.
-            require_label: Whether a sample without a label is an error.
+            labelled: Whether batches have labels; a sample without one is then a bad one.
             pin_memory: Whether batches lie in pinned memory.
             state: Where to begin, from another loader's :attr:`state` over the same index, seed and global batch.
             max_bad_fraction: Part of a worker's range that may be undecodable, but at least 10 samples may.
@@ -194,7 +195,7 @@ class TrainLoader:
         self._seed = seed
         self._rank = rank
         self._num_workers = num_workers
-        self._require_label = require_label
+        self._labelled = labelled
         self._pin_memory = pin_memory
         self._max_bad_fraction = max_bad_fraction
         self._usable = usable_samples(index.num_samples, global_batch_size)
@@ -222,12 +223,11 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yields micro-batches without end, from where :attr:`state` stands.
 
-        Each is a dict: ``image`` (B, 3, H, W) float32, ``label`` (B,) int64 if every sample has one, ``id`` a list of
+        Each is a dict: ``image`` (B, 3, H, W) float32, ``label`` (B,) int64 where ``labelled``, ``id`` a list of
         ``<shard file name>/<key>``, ``epoch`` an int.
 
         Raises:
-            ValueError: A required label is missing, or a shard holds fewer samples than its index says.
-            RuntimeError: Too many bad samples.
+            ValueError: A shard holds fewer samples than its index says, or too many are bad.
         """
         stream = TrainStream(
             index=self.index,
@@ -236,7 +236,7 @@ class TrainLoader:
             rank=self._rank,
             usable=self._usable,
             seed=self._seed,
-            require_label=self._require_label,
+            labelled=self._labelled,
             max_bad_fraction=self._max_bad_fraction,
         )
         for batch in iterate(stream, self._num_workers, self._pin_memory):
@@ -304,7 +304,8 @@ class EvaluationStream(IterableDataset):
     transform: ImageTransform
     positions: range
     batch_size: int
-    require_label: bool
+    labelled: bool
+    max_bad_fraction: float
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_streams = worker_place()
@@ -313,22 +314,27 @@ class EvaluationStream(IterableDataset):
         if not batches:
             return
         samples = read_positions(self.index, sequence, range(batches[0].start, batches[-1].stop))
+        total = sum(len(batch) for batch in batches)
+        bad = BadSamples(min(bad_sample_limit(total, self.max_bad_fraction), max(1, total // 10)))
         for batch in batches:
-            decoded = [self._decode(raw) for raw in islice(samples, len(batch))]
-            yield collate(decoded, [self.transform(sample.image) for sample in decoded], epoch=0)
+            decoded = [sample for raw in islice(samples, len(batch)) if (sample := self._decode(raw, bad)) is not None]
+            if decoded:
+                images = [self.transform(sample.image) for sample in decoded]
+                yield {**collate(decoded, images, epoch=0), BAD_FIELD: bad.take()}
 
-    def _decode(self, raw: RawSample) -> Sample:
+    def _decode(self, raw: RawSample, bad: BadSamples) -> Sample | None:
         try:
-            return decode(raw, self.require_label)
+            return decode(raw, self.labelled)
         except DecodeError as error:
-            raise ValueError(
-                f"the evaluation sample {raw.id} in {raw.shard.url} is bad ({error}), and evaluation leaves none out: "
-                "write the shard again without it"
-            ) from error
+            bad.add(raw, error)
+            return None
 
 
 class EvaluationLoader:
-    """One rank's part of an evaluation set: over all ranks each sample exactly once, without padding."""
+    """One rank's part of an evaluation set: over all ranks each sample exactly once, without padding.
+
+    A bad sample is left out and counted in ``bad_samples``, by shard; more than a few stop the evaluation.
+    """
 
     def __init__(
         self,
@@ -339,8 +345,9 @@ class EvaluationLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        require_label: bool = False,
+        labelled: bool = False,
         limit: int | None = None,
+        max_bad_fraction: float = 0.01,
     ):
         """Cuts the set.
 
@@ -351,24 +358,28 @@ class EvaluationLoader:
             rank: Of this process.
             world_size: Number of ranks, whose parts differ by at most one sample.
             num_workers: Data workers of this rank; 0 reads in this process.
-            require_label: Whether a sample without a label is an error.
+            labelled: Whether batches have labels; a sample without one is then a bad one.
             limit: Only the first so many samples of the set, over all ranks together; None is all.
+            max_bad_fraction: See :class:`TrainLoader`.
         """
         num_samples = index.num_samples if limit is None else min(limit, index.num_samples)
         positions = evaluation_range(num_samples, rank, world_size)
         self._num_batches = -(-len(positions) // batch_size)
         self._num_workers = min(num_workers, self._num_batches)
-        self._stream = EvaluationStream(index, transform, positions, batch_size, require_label)
+        self._stream = EvaluationStream(index, transform, positions, batch_size, labelled, max_bad_fraction)
+        self.bad_samples: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """Batches of this rank; ranks may differ by one."""
+        """Batches of this rank at most; ranks may differ by one, and one of bad samples alone is left out."""
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the part once, in dicts as those of :class:`TrainLoader`.
 
         Raises:
-            ValueError: A sample cannot be decoded or lacks a required label, or a shard holds fewer samples than its
-                index says.
+            ValueError: Too many samples are bad, or a shard holds fewer than its index says.
         """
-        return iterate(self._stream, self._num_workers)
+        self.bad_samples = {}
+        for batch in iterate(self._stream, self._num_workers):
+            self.bad_samples = dict(Counter(self.bad_samples) + Counter(batch.pop(BAD_FIELD)))
+            yield batch

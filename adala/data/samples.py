@@ -32,6 +32,10 @@ class DecodeError(ValueError):
     """A sample whose image or label cannot be decoded."""
 
 
+class BadDataError(ValueError):
+    """Data of which so much is unusable that nothing should be computed from them."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One decoded sample.
@@ -39,7 +43,7 @@ class Sample:
     Attributes:
         id: ``<shard file name>/<key>``.
         image: RGB.
-        label: Class, None where the shard has none.
+        label: Class, None where labels are not asked for.
     """
 
     id: str
@@ -60,22 +64,19 @@ class RawSample:
         return f"{self.shard.name}/{self.key}"
 
 
-def decode(raw: RawSample, require_label: bool = False) -> Sample:
-    """Decodes the image to RGB, and the label where there is one.
+def decode(raw: RawSample, labelled: bool = False) -> Sample:
+    """Decodes the image to RGB, and the label where labels are asked for.
 
     Raises:
-        DecodeError: No image, a damaged one, or a label that is not an integer.
-        ValueError: ``require_label`` and the sample has no label.
+        DecodeError: No image, a damaged one, or no label that is an integer although labels are asked for.
     """
-    if require_label and LABEL_FIELD not in raw.fields:
-        raise ValueError(
-            f"the sample {raw.id} has no label: this task needs a `.{LABEL_FIELD}` file with an integer in each sample"
-        )
     field = next((name for name in IMAGE_FIELDS if name in raw.fields), None)
     if field is None:
         raise DecodeError(f"no image: it has the files {', '.join(sorted(raw.fields))}, and none of {IMAGE_FIELDS}")
     try:
-        label = int(raw.fields[LABEL_FIELD]) if LABEL_FIELD in raw.fields else None
+        label = int(raw.fields[LABEL_FIELD]) if labelled else None
+    except KeyError as error:
+        raise DecodeError(f"it has no label, a `.{LABEL_FIELD}` file with an integer") from error
     except ValueError as error:
         raise DecodeError(f"its label is not an integer: {error}") from error
     try:
@@ -185,11 +186,17 @@ def reorder(samples: Iterable[RawSample], arriving: Iterable[int], leaving: Iter
         yield held.pop(number)
 
 
+def bad_sample_limit(samples: int, max_fraction: float) -> int:
+    """How many bad ones a range of so many samples may hold, however short it is."""
+    return max(MIN_BAD_SAMPLES, int(max_fraction * samples))
+
+
 class BadSamples:
     """Counts bad samples of one worker's range by shard, and stops the run when there are too many."""
 
-    def __init__(self, range_length: int, max_fraction: float):
-        self.limit = max(MIN_BAD_SAMPLES, int(max_fraction * range_length))
+    def __init__(self, limit: int):
+        """Permits so many bad samples, see :func:`bad_sample_limit`."""
+        self.limit = limit
         self._seen: set[str] = set()
         self._fresh: Counter[str] = Counter()
 
@@ -197,7 +204,7 @@ class BadSamples:
         """Notes a bad sample; one that comes again in the same range counts once.
 
         Raises:
-            RuntimeError: There are now more than the limit.
+            BadDataError: There are now more than the limit.
         """
         if raw.id in self._seen:
             return
@@ -205,9 +212,9 @@ class BadSamples:
         self._fresh[raw.shard.name] += 1
         logger.warning("skipping the sample %s: %s", raw.id, error)
         if len(self._seen) > self.limit:
-            raise RuntimeError(
+            raise BadDataError(
                 f"more than {self.limit} samples of one data worker's range are bad, the last in {raw.shard.url} "
-                f"({raw.id}: {error}): repair the shards, or raise max_bad_fraction"
+                f"({raw.id}: {error}): repair the shards, or leave the bad samples out"
             )
 
     def take(self) -> dict[str, int]:
@@ -220,7 +227,7 @@ def fill_slots(
     slots: Iterable[RawSample],
     from_the_start: Callable[[], Iterable[RawSample]],
     bad: BadSamples,
-    require_label: bool = False,
+    labelled: bool = False,
 ) -> Iterator[Sample]:
     """Decodes one sample for each slot; the next good one of the range takes the slot of a bad one beside its own.
 
@@ -231,16 +238,15 @@ def fill_slots(
         slots: The samples in order of emission.
         from_the_start: Gives the samples of the whole range in order of emission.
         bad: Counts the bad ones.
-        require_label: See :func:`decode`.
+        labelled: See :func:`decode`.
 
     Raises:
-        RuntimeError: Too many bad samples, or no good one in the range.
-        ValueError: A required label is missing.
+        BadDataError: Too many bad samples, or no good one in the range.
     """
     waiting = 0
     for raw in slots:
         try:
-            sample = decode(raw, require_label)
+            sample = decode(raw, labelled)
         except DecodeError as error:
             bad.add(raw, error)
             waiting += 1
@@ -252,11 +258,11 @@ def fill_slots(
         return
     for raw in from_the_start():
         try:
-            sample = decode(raw, require_label)
+            sample = decode(raw, labelled)
         except DecodeError as error:
             bad.add(raw, error)
             continue
         for _ in range(waiting):
             yield sample
         return
-    raise RuntimeError("every sample of one data worker's range is bad: repair the shards")
+    raise BadDataError("every sample of one data worker's range is bad: repair the shards")

@@ -5,6 +5,7 @@ Shapes: B batch, H heads, N tokens, d head dim, D embed dim.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,52 +13,63 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import AttentionShell, TokenLayout
-from adala.losses import attention_map_cross_entropy, mse, normalized_mse
+from adala.losses import ALIGNMENT_LOSSES, CALIBRATED_LOSSES, Loss, attention_map_cross_entropy, mse
 from adala.stages.base import Stage
-from adala.students import linearized_blocks
-
-# (student's attention, teacher's attention, their common input (B, N, D), its layout, teacher's output (B, N, D)) -> scalar
-BlockLoss = Callable[[AttentionShell, nn.Module, Tensor, TokenLayout, Tensor], Tensor]
+from adala.students import LinearizedVisionTransformer, linearized_blocks
 
 
-def _after_projection(loss: Callable[[Tensor, Tensor], Tensor]) -> BlockLoss:
-    def block_loss(
-        student: AttentionShell, teacher: nn.Module, x: Tensor, layout: TokenLayout, target: Tensor
-    ) -> Tensor:
-        return loss(student(x, layout), target)
+@dataclass(frozen=True)
+class Comparison:
+    """One block's attention as the teacher passes it.
+
+    Attributes:
+        x: Common input of both attentions, (B, N, D), in the student's dtype.
+        layout: Of its tokens.
+        attention: The teacher's softmax attention.
+        target: Its output, (B, N, D).
+        variance: Of the target over many images; 1 where the loss needs none.
+    """
+
+    x: Tensor
+    layout: TokenLayout
+    attention: nn.Module
+    target: Tensor
+    variance: float
+
+    def project_teacher(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, d) of the teacher's attention."""
+        with torch.no_grad():
+            return AttentionShell.project(self.attention, self.x.to(self.attention.qkv.weight.dtype))
+
+
+BlockLoss = Callable[[AttentionShell, Comparison], Tensor]
+
+
+def _after_projection(loss: Loss) -> BlockLoss:
+    def block_loss(student: AttentionShell, at: Comparison) -> Tensor:
+        return loss(student(at.x, at.layout), at.target, at.variance)
 
     return block_loss
 
 
-def _per_head_output(
-    student: AttentionShell, teacher: nn.Module, x: Tensor, layout: TokenLayout, target: Tensor
-) -> Tensor:
+def _per_head_output(student: AttentionShell, at: Comparison) -> Tensor:
     """1000 x MSE of the mixed values before the output projection (LoLCATS, arXiv 2410.10254, attention transfer)."""
-    with torch.no_grad():
-        expected = nn.functional.scaled_dot_product_attention(*_project(teacher, x.to(teacher.qkv.weight.dtype)))
-    return 1000 * mse(student.mix(*student.project(x), layout), expected)
+    expected = nn.functional.scaled_dot_product_attention(*at.project_teacher())
+    return 1000 * mse(student.mix(*student.project(at.x), at.layout), expected)
 
 
-def _attention_maps(
-    student: AttentionShell, teacher: nn.Module, x: Tensor, layout: TokenLayout, target: Tensor
-) -> Tensor:
+def _attention_maps(student: AttentionShell, at: Comparison) -> Tensor:
     """Cross-entropy of the attention maps (Hedgehog, arXiv 2402.04347); one layer's N x N maps at a time."""
-    if not hasattr(student.token_mixer, "feature_maps"):
-        raise ValueError(
-            f"loss attention_map_cross_entropy: {type(student.token_mixer).__name__} has no feature maps to compare; "
-            "use normalized_mse"
-        )
-    with torch.no_grad():
-        teacher_q, teacher_k, _ = _project(teacher, x.to(teacher.qkv.weight.dtype))
-    q, k, _ = student.project(x)
+    teacher_q, teacher_k, _ = at.project_teacher()
+    q, k, _ = student.project(at.x)
     return attention_map_cross_entropy(*student.token_mixer.feature_maps(q, k), teacher_q, teacher_k)
 
 
+ATTENTION_MAPS = "attention_map_cross_entropy"
 BLOCK_LOSSES: dict[str, BlockLoss] = {
-    "mse": _after_projection(mse),
-    "normalized_mse": _after_projection(normalized_mse),
+    **{name: _after_projection(loss) for name, loss in ALIGNMENT_LOSSES.items()},
     "head_output_mse_1000": _per_head_output,
-    "attention_map_cross_entropy": _attention_maps,
+    ATTENTION_MAPS: _attention_maps,
 }
 
 
@@ -75,7 +87,7 @@ class AttentionAlignment(Stage):
 
     def __init__(
         self,
-        student: VisionTransformer,
+        student: LinearizedVisionTransformer,
         teacher: VisionTransformer,
         loss: str = "normalized_mse",
         release_activations: bool = True,
@@ -92,7 +104,7 @@ class AttentionAlignment(Stage):
                 compute its gradients inside the stage's.
 
         Raises:
-            ValueError: An unknown loss, or a student without linearized blocks.
+            ValueError: An unknown loss, one that the mechanism cannot have, or a student without linearized blocks.
         """
         super().__init__(student, teacher)
         if loss not in BLOCK_LOSSES:
@@ -100,16 +112,36 @@ class AttentionAlignment(Stage):
         shells = linearized_blocks(student)
         if not shells:
             raise ValueError("Stage 1 has nothing to align: every block keeps its softmax attention")
+        mixer = next(iter(shells.values())).token_mixer
+        if loss == ATTENTION_MAPS and not hasattr(mixer, "feature_maps"):
+            raise ValueError(
+                f"loss {ATTENTION_MAPS}: {type(mixer).__name__} has no feature maps to compare; use normalized_mse"
+            )
         aligned = {parameter for shell in shells.values() for parameter in shell.parameters()}
         for parameter in set(student.parameters()) - aligned:
             parameter.requires_grad_(False)
         self.block_loss = BLOCK_LOSSES[loss]
+        self._calibrated = tuple(f"block{index:02d}" for index in shells) if loss in CALIBRATED_LOSSES else ()
         self.release_activations = release_activations
 
+    @property
+    def calibrated_targets(self) -> tuple[str, ...]:
+        return self._calibrated
+
+    def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        found: list[tuple[str, Tensor]] = []
+
+        def keep(index: int, attention: nn.Module, x: Tensor, output: Tensor) -> None:
+            found.append((f"block{index:02d}", output))
+
+        with torch.no_grad(), _watch_attention(self.teacher, linearized_blocks(self.student), keep):
+            self.teacher(self.images_for(self.teacher, batch))
+        return iter(found)
+
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``loss`` (mean over linearized blocks) and ``block00_loss``, ...; in eval mode the features' cosine too."""
+        """``loss`` (mean over linearized blocks) and ``block00_loss``, ...; in eval mode the features too."""
         images, teacher_images = self.images_for(self.student, batch), self.images_for(self.teacher, batch)
-        shells = linearized_blocks(self.student)
+        shells, layout = linearized_blocks(self.student), self.student.token_layout(images)
         losses: dict[int, Tensor] = {}
         gradients: dict[nn.Parameter, Tensor] = {}
         with_gradients = torch.is_grad_enabled()
@@ -117,16 +149,13 @@ class AttentionAlignment(Stage):
 
         def compare(index: int, attention: nn.Module, x: Tensor, output: Tensor) -> None:
             with torch.set_grad_enabled(with_gradients):
-                loss = self.block_loss(shells[index], attention, x.to(images.dtype), layout, output) / len(shells)
+                at = Comparison(x.to(images.dtype), layout, attention, output, self.variance_of(f"block{index:02d}"))
+                loss = self.block_loss(shells[index], at) / len(shells)
                 if release:
-                    parameters = [p for p in shells[index].parameters() if p.requires_grad]
-                    # Not every loss sees every parameter: the output projection comes after the per-head outputs.
-                    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-                    gradients.update((p, g) for p, g in zip(parameters, found, strict=True) if g is not None)
+                    gradients.update(_gradients(loss, shells[index]))
                     loss = loss.detach()
             losses[index] = loss
 
-        layout = self.student.token_layout(images)
         with torch.no_grad(), _watch_attention(self.teacher, shells, compare):
             teacher_features = self.teacher(teacher_images)
 
@@ -135,8 +164,16 @@ class AttentionAlignment(Stage):
             loss = _ReleasedGradients.apply(loss, list(gradients.values()), *gradients)
         named = {f"block{index:02d}_loss": value.detach() * len(shells) for index, value in losses.items()}
         if not self.training:
-            named |= self.feature_metrics(self.student(images), teacher_features)
+            named |= {"features": self.student(images), "teacher_features": teacher_features}
         return {"loss": loss, **named}
+
+
+def _gradients(loss: Tensor, shell: AttentionShell) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The gradients of a block's trainable parameters; its graph is gone afterwards."""
+    parameters = [p for p in shell.parameters() if p.requires_grad]
+    # Not every loss sees every parameter: the output projection comes after the per-head outputs.
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return ((p, g) for p, g in zip(parameters, found, strict=True) if g is not None)
 
 
 class _ReleasedGradients(torch.autograd.Function):
@@ -167,8 +204,3 @@ def _watch_attention(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _project(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, H, N, d) of timm's softmax attention."""
-    return AttentionShell.project(attention, x)

@@ -3,15 +3,16 @@
 Shapes: B batch, N tokens, D embed dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adala.losses import relative_error
+from adala.distributed import all_reduce_sum
+from adala.similarity import comparison_metrics, comparison_sums
+from adala.students import LinearizedVisionTransformer, linearized_blocks
 
 
 class Stage(nn.Module):
@@ -19,11 +20,15 @@ class Stage(nn.Module):
 
     The engine casts, partitions and saves registered modules; the teacher is none of them, so it keeps its weights to
     the bit. It stays in eval mode whatever mode the stage is put into.
+
+    Attributes:
+        target_variance: Of each target that the loss compares with, where it needs that; see :meth:`calibrate`.
     """
 
-    def __init__(self, student: VisionTransformer, teacher: VisionTransformer):
+    def __init__(self, student: LinearizedVisionTransformer, teacher: VisionTransformer):
         super().__init__()
         self.student = student
+        self.target_variance: dict[str, float] = {}
         # Not an attribute assignment, which nn.Module would register as a child.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
 
@@ -35,25 +40,67 @@ class Stage(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Named scalars of a micro-batch; ``loss`` is the one to minimise.
 
+        In eval mode also what an :class:`adala.evaluation.Evaluator` reads: ``features`` and ``teacher_features``
+        (B, N, D), and ``prediction`` and ``target`` where there is a task.
+
         Args:
             batch: ``image`` (B, 3, height, width), already normalised, and what else the stage reads.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward")
+
+    def begin_step(self, step: int) -> None:
+        """Tells the mixers which optimizer step begins, counted from 0."""
+        for shell in linearized_blocks(self.student).values():
+            shell.token_mixer.begin_step(step)
+
+    @property
+    def calibrated_targets(self) -> tuple[str, ...]:
+        """Names of the targets whose variance the loss needs; none by default."""
+        return ()
+
+    def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """The calibrated targets of a batch, by name."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement targets")
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Measures the variance of every calibrated target over all ranks' batches; every rank calls it.
+
+        Six digits are kept: the order in which ranks and batches are added up does not reach them.
+        """
+        names = self.calibrated_targets
+        sums = torch.zeros(len(names), 3, dtype=torch.float64)
+        for batch in batches if names else ():
+            for name, target in self.targets(batch):
+                values = target.double()
+                found = (values.sum(), values.square().sum(), values.new_tensor(values.numel()))
+                sums[names.index(name)] += torch.stack(found).cpu()
+        device = next(self.student.parameters()).device
+        total, squares, count = all_reduce_sum(sums.to(device)).cpu().unbind(1)
+        variance = (squares / count - (total / count).square()).clamp_min(torch.finfo(torch.float32).tiny)
+        self.target_variance = {name: float(f"{value:.6g}") for name, value in zip(names, variance, strict=True)}
+
+    def variance_of(self, target: str) -> float:
+        """The measured variance of a target; 1 where the loss needs none.
+
+        Raises:
+            ValueError: It has not been measured.
+        """
+        if target not in self.calibrated_targets:
+            return 1.0
+        if target not in self.target_variance:
+            raise ValueError(
+                f"{type(self).__name__} with the loss normalized_mse needs the variance of its targets: "
+                "call calibrate(batches) first, or use the loss mse"
+            )
+        return self.target_variance[target]
 
     def images_for(self, model: VisionTransformer, batch: Mapping[str, Any]) -> Tensor:
         """The batch's images on the device and in the dtype of ``model``'s weights."""
         weight = model.patch_embed.proj.weight
         return batch["image"].to(weight.device, weight.dtype, non_blocking=True)
 
-    @torch.no_grad()
-    def feature_metrics(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
-        """Cosine of patch tokens and of the class token, and relative error, of (B, N, D) features."""
-        cosine = F.cosine_similarity(student_features.float(), teacher_features.float(), dim=-1)
-        metrics = {
-            "feature_cosine": cosine.mean(),
-            "patch_cosine": cosine[:, self.student.num_prefix_tokens :].mean(),
-            "relative_error": relative_error(student_features, teacher_features),
-        }
-        if self.student.has_class_token:
-            metrics["cls_cosine"] = cosine[:, 0].mean()
-        return metrics
+    def feature_metrics(self, features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
+        """Cosines and relative error of a batch's features (B, N, D), for the log."""
+        sums = comparison_sums(features, teacher_features, self.student.num_prefix_tokens)
+        return comparison_metrics(sums, self.student.has_class_token)

@@ -3,15 +3,16 @@
 Shapes: B batch, N tokens, D embed dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adala.losses import ALIGNMENT_LOSSES
+from adala.losses import ALIGNMENT_LOSSES, CALIBRATED_LOSSES
 from adala.stages.base import Stage
+from adala.students import LinearizedVisionTransformer
 
 
 class FeatureAlignment(Stage):
@@ -22,7 +23,7 @@ class FeatureAlignment(Stage):
     Differs: see ``normalized_mse``.
     """
 
-    def __init__(self, student: VisionTransformer, teacher: VisionTransformer, loss: str = "normalized_mse"):
+    def __init__(self, student: LinearizedVisionTransformer, teacher: VisionTransformer, loss: str = "normalized_mse"):
         """Builds the stage.
 
         Raises:
@@ -32,11 +33,21 @@ class FeatureAlignment(Stage):
         if loss not in ALIGNMENT_LOSSES:
             raise ValueError(f"unknown Stage 2 loss {loss!r}: known are {', '.join(ALIGNMENT_LOSSES)}")
         self.feature_loss = ALIGNMENT_LOSSES[loss]
+        self._calibrated = ("features",) if loss in CALIBRATED_LOSSES else ()
+
+    @property
+    def calibrated_targets(self) -> tuple[str, ...]:
+        return self._calibrated
+
+    def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        yield "features", self.teacher(self.images_for(self.teacher, batch))
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``loss`` and the features' cosines and relative error."""
+        """``loss``, and the features' cosines and relative error, in eval mode the features themselves."""
         with torch.no_grad():
             teacher_features = self.teacher(self.images_for(self.teacher, batch))
-        student_features = self.student(self.images_for(self.student, batch))
-        loss = self.feature_loss(student_features, teacher_features)
-        return {"loss": loss, **self.feature_metrics(student_features, teacher_features)}
+        features = self.student(self.images_for(self.student, batch))
+        loss = self.feature_loss(features, teacher_features, self.variance_of("features"))
+        if self.training:
+            return {"loss": loss, **self.feature_metrics(features, teacher_features)}
+        return {"loss": loss, "features": features, "teacher_features": teacher_features}

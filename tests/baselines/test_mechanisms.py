@@ -197,34 +197,37 @@ class TestPerformer:
         expected = mixer.double()(q.double(), k.double(), v.double(), LAYOUT)
         torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=0)
 
-    def test_redraws_every_so_many_training_forwards_and_resumes_from_the_state_dict(self, packed_qkv):
+    def test_redraws_every_so_many_optimizer_steps_however_many_forward_passes(self, packed_qkv):
         options = {"redraw_interval": 2}
         inputs = packed_qkv(LAYOUT)
 
-        def train(mixer, steps):
+        def train(mixer, steps, micro_batches):
             projections = []
-            for _ in range(steps):
-                mixer(*inputs, LAYOUT)
+            for step in steps:
+                mixer.begin_step(step)
+                for _ in range(micro_batches):
+                    mixer(*inputs, LAYOUT)
                 projections.append(mixer.projection)
             return projections
 
-        mixer = build_mixer("performer", SHAPE, options).double()
-        first, second, third = train(mixer, 3)
+        mixer, cut = build_mixer("performer", SHAPE, options).double(), build_mixer("performer", SHAPE, options).double()
+        cut.load_state_dict(mixer.state_dict())
+        first, second, third = train(mixer, range(3), 1)
         assert torch.equal(first, second)
         assert not torch.equal(second, third)
+        assert all(torch.equal(a, b) for a, b in zip([first, second, third], train(cut, range(3), 4), strict=True))
         resumed = build_mixer("performer", SHAPE, options).double()
         resumed.load_state_dict(mixer.state_dict())
-        for expected, actual in zip(train(mixer, 4), train(resumed, 4), strict=True):
+        for expected, actual in zip(train(mixer, range(3, 7), 1), train(resumed, range(3, 7), 1), strict=True):
             assert torch.equal(expected, actual)
-        mixer.eval()
-        assert all(torch.equal(projection, mixer.projection) for projection in train(mixer, 5))
 
     def test_a_redraw_between_forward_and_backward_leaves_gradients_right(self, packed_qkv):
         mixer = build_mixer("performer", SHAPE, {"redraw_interval": 1}).double()
         q, k, v = (x.detach().requires_grad_() for x in packed_qkv(LAYOUT))
         out = mixer(q, k, v, LAYOUT)
         fixed = copy.deepcopy(mixer).eval()
-        mixer(q, k, v, LAYOUT)
+        mixer.begin_step(1)
+        assert not torch.equal(mixer.projection, fixed.projection)
         (gradient,) = torch.autograd.grad(out.sum(), q)
         (expected,) = torch.autograd.grad(fixed(q, k, v, LAYOUT).sum(), q)
         assert torch.equal(gradient, expected)

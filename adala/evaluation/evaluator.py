@@ -1,0 +1,117 @@
+"""Metrics over a data set, for the trainer, the report, the evaluation of a model and the bench alike.
+
+Shapes: B batch, N tokens, D embed dim.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from adala.distributed import all_reduce_sum, device
+from adala.similarity import comparison_metrics, comparison_sums
+from adala.tasks import Task
+
+Batch = Mapping[str, Any]
+Outputs = Mapping[str, Tensor]
+
+
+class Collector(Protocol):
+    """What else wants to see the outputs that an :class:`Evaluator` sees."""
+
+    def update(self, outputs: Outputs, batch: Batch) -> None: ...
+
+
+class Evaluator:
+    """Sums up outputs batch by batch (:meth:`update`), over ranks (:meth:`reduce`), and divides once (:meth:`compute`).
+
+    Every sample counts once, however it was batched. Outputs are those of a :class:`adala.stages.Stage` in eval mode:
+    scalars, which are averaged over images; ``features`` beside ``teacher_features``, which are compared;
+    ``prediction`` beside ``target``, which go to the task's metrics.
+    """
+
+    def __init__(self, model: VisionTransformer, task: Task | None = None, collectors: Sequence[Collector] = ()):
+        """Starts from nothing.
+
+        Args:
+            model: Whose features are compared; its prefix tokens are told apart.
+            task: Whose metrics are computed where there are predictions.
+            collectors: Get all outputs too.
+        """
+        self._num_prefix_tokens = model.num_prefix_tokens
+        self._has_class_token = model.has_class_token
+        self._metrics = {name: metric.to(device()) for name, metric in task.build_metrics().items()} if task else {}
+        self._collectors = collectors
+        self._scalars: dict[str, Tensor] = {}
+        self._comparison = torch.zeros(8, dtype=torch.float64, device=device())
+        self._images = 0
+
+    @torch.no_grad()
+    def update(self, outputs: Outputs, batch: Batch) -> None:
+        """Takes a batch's outputs."""
+        images = len(batch["id"])
+        self._images += images
+        for name, value in outputs.items():
+            if value.ndim == 0:
+                self._scalars[name] = self._scalars.get(name, 0) + images * value.double()
+        if "teacher_features" in outputs:
+            features, teacher_features = outputs["features"], outputs["teacher_features"]
+            self._comparison += comparison_sums(features, teacher_features, self._num_prefix_tokens)
+        if "prediction" in outputs:
+            for metric in self._metrics.values():
+                metric.update(outputs["prediction"], outputs["target"])
+        for collector in self._collectors:
+            collector.update(outputs, batch)
+
+    def reduce(self) -> None:
+        """Adds up all ranks' sums, once; every rank calls it, with the same names of outputs."""
+        count = torch.tensor(float(self._images), dtype=torch.float64, device=device())
+        # Sorted: ranks need not have met the names in one order.
+        names = sorted(self._scalars)
+        total = all_reduce_sum(torch.stack([count, *self._comparison, *(self._scalars[name] for name in names)]))
+        self._images, self._comparison = int(total[0]), total[1:9]
+        self._scalars = dict(zip(names, total[9:], strict=True))
+
+    def compute(self) -> dict[str, float]:
+        """The metrics, after :meth:`reduce`; the task's reduce themselves."""
+        metrics = {name: float(total) / self._images for name, total in self._scalars.items()}
+        metrics |= {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        if self._comparison[1] > 0:
+            compared = comparison_metrics(self._comparison, self._has_class_token)
+            metrics |= {name: float(value) for name, value in compared.items()}
+        return metrics
+
+
+@torch.no_grad()
+def evaluate(
+    model: VisionTransformer,
+    teacher: VisionTransformer,
+    batches: Iterable[Batch],
+    head: nn.Module | None = None,
+    task: Task | None = None,
+    collectors: Sequence[Collector] = (),
+) -> dict[str, float]:
+    """Metrics of a model over every sample that the ranks' ``batches`` hold; the same on every rank.
+
+    Args:
+        model: Gives features (B, N, D); in eval mode.
+        teacher: What they are compared with.
+        batches: This rank's part of the data.
+        head: From features to the task's predictions, where there is one.
+        task: Of ``head``.
+        collectors: See :class:`Evaluator`.
+    """
+    evaluator = Evaluator(model, task if head is not None else None, collectors)
+    for batch in batches:
+        images = batch["image"].to(device())
+        teacher_features = teacher(images)
+        # Comparing the teacher with itself need not run it twice.
+        features = teacher_features if model is teacher else model(images)
+        outputs = {"features": features, "teacher_features": teacher_features}
+        if head is not None:
+            outputs |= {"prediction": head(features), "target": task.target(batch, device())}
+        evaluator.update(outputs, batch)
+    evaluator.reduce()
+    return evaluator.compute()

@@ -1,0 +1,119 @@
+"""Whether a stage is run, gone on with, left alone or refused: what it came from against what is asked for now."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adala.runs import OverwriteOrder, RunFolder, StageFolder
+
+START = "the student it starts from"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done about a stage.
+
+    Attributes:
+        folder: Where it is trained; None where it is left alone.
+        is_new: Whether what lies in ``folder`` is no part of this and has to go first.
+        replaces: Whether an earlier result stays in its place until this one is complete.
+        reason: In words, for people.
+    """
+
+    folder: StageFolder | None
+    is_new: bool
+    replaces: bool
+    reason: str
+
+
+def decide(
+    run: RunFolder,
+    number: int,
+    conditions: Mapping[str, Any],
+    start: str,
+    order: OverwriteOrder | None,
+) -> Decision:
+    """What to do about a stage of a run; rank 0 calls it, and tells the others.
+
+    Args:
+        run: Its folder.
+        number: The stage.
+        conditions: Everything that decides its result but where it starts from; see :class:`adala.plan.StagePlan`.
+        start: Digest of the student that it would start from.
+        order: Under which it may be run again although it is finished.
+
+    Raises:
+        ValueError: It was finished, or begun, under other conditions, and nobody asked to overwrite it.
+    """
+    asked = _as_json({**conditions, START: start})
+    final, new = run.stage(number), run.replacement(number)
+    record = final.record()
+    if record is not None:
+        changed = differing(record.conditions, asked)
+        if not changed and (order is None or record.overwrite == order.id):
+            return Decision(None, False, False, "finished already, from the same student, teacher, recipe and data")
+        if changed and order is None:
+            refuse_unless_upstream(run, number, changed, record.conditions, asked, "finished")
+        reason = "run again, as --overwrite says" if order else f"stale, since {START} has changed: run again"
+    else:
+        reason = "not begun"
+    for folder in (new, final) if record is None else (new,):
+        attempt = folder.attempt()
+        if attempt is not None and not differing(attempt, asked, may_grow=_steps_key(number)):
+            return Decision(folder, False, folder is new, f"{reason}; going on with what was begun")
+    begun = final.attempt() if record is None else None
+    if begun is None:
+        return Decision(final if record is None else new, True, record is not None, reason)
+    if order is None:
+        changed = differing(begun, asked, may_grow=_steps_key(number))
+        refuse_unless_upstream(run, number, changed, begun, asked, "begun")
+    return Decision(new, True, True, f"begun under other conditions ({differing(begun, asked)[0]}): begun anew")
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], may_grow: str | None = None) -> list[str]:
+    """The conditions that differ, in the order of ``now``; ``may_grow`` does not where it is larger now."""
+    keys = list(dict.fromkeys([*now, *before]))
+    found = [key for key in keys if before.get(key) != now.get(key)]
+    if may_grow in found and (before.get(may_grow) or 0) < (now.get(may_grow) or 0):
+        found.remove(may_grow)
+    return found
+
+
+def refuse_changed(run: RunFolder, number: int, conditions: Mapping[str, Any]) -> None:
+    """Refuses a stage that was finished, or begun, under other conditions than these; wherever it would start from.
+
+    Raises:
+        ValueError: See :func:`refuse_unless_upstream`.
+    """
+    asked, record = _as_json(conditions), run.stage(number).record()
+    before, was = (record.conditions, "finished") if record else (run.stage(number).attempt(), "begun")
+    if before is not None:
+        changed = differing(before, asked, may_grow=None if record else _steps_key(number))
+        refuse_unless_upstream(run, number, changed, before, asked, was)
+
+
+def refuse_unless_upstream(
+    run: RunFolder, number: int, changed: list[str], before: Mapping[str, Any], now: Mapping[str, Any], was: str
+) -> None:
+    """Refuses conditions that the user changed; a student that an earlier stage changed is no mistake.
+
+    Raises:
+        ValueError: The message names the first condition that differs, and both values.
+    """
+    own = [key for key in changed if key != START]
+    if own:
+        key = own[0]
+        raise ValueError(
+            f"stage {number} of {run.path} was {was} with {key} {before.get(key)!r}, this run has {now.get(key)!r}: "
+            "set it back, choose another --run_name, or add --overwrite to run the stage anew"
+        )
+
+
+def _steps_key(number: int) -> str:
+    return f"stage{number}.steps"
+
+
+def _as_json(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """As a file gives it back: tuples are lists there."""
+    return json.loads(json.dumps(conditions))

@@ -1,0 +1,521 @@
+"""A recipe resolved once: what each stage is made of, with everything that can be refused without building it.
+
+A plan is frozen, holds values and no tensors, and is made on rank 0 and told to all: no rank reads an index, a label or
+a digest of its own. Nothing of a run is touched before its plan stands.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adala.attention import resolve_mechanism
+from adala.backbones import build_backbone
+from adala.config import FinetuningConfig, Recipe, StageConfig
+from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
+from adala.data import ShardIndex, load_index, write_embedded
+from adala.data.embedded import TEACHER_PATH
+from adala.data.samples import LABEL_FIELD, DecodeError, RawSample, decode, read_shard
+from adala.distributed import from_rank_0, world_size
+from adala.ds_config import DeepSpeedConfig, load_ds_config
+from adala.export import StudentDescription
+from adala.files import file_digest, value_digest
+from adala.runs import RunFolder
+from adala.tasks import Classification, Task
+
+EMBEDDED = "embedded"
+RANDOM = "random"
+# Keys of a stage that may change while it is under way, and after it: they decide when something is said or saved, how
+# a batch is cut, and where files lie, not what is trained. ``steps`` may grow while it is under way.
+MAY_CHANGE = ("log_every", "save_every", "evaluate_every", "max_skipped_steps", "micro_batch_size")
+# What stands for these among the conditions is the digest of what they name.
+BY_DIGEST = ("start_from", "train_data")
+# Samples that are looked at to see whether a data set has labels, and which.
+PEEKED_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What tells the stages apart before anything is built.
+
+    Attributes:
+        name: As conversions name it.
+        title: For people.
+        build_task: From the stage's configuration to what it is supervised by; None without supervision.
+    """
+
+    name: StageName
+    title: str
+    build_task: Callable[[StageConfig], Task] | None = None
+
+
+def _classification(config: FinetuningConfig) -> Task:
+    return Classification(config.num_classes, config.pooling, config.label_smoothing)
+
+
+STAGES: dict[int, StageKind] = {
+    1: StageKind("attention_alignment", "attention alignment"),
+    2: StageKind("feature_alignment", "feature alignment"),
+    3: StageKind("finetuning", "fine-tuning", _classification),
+}
+assert {number: kind.name for number, kind in STAGES.items()} == STAGE_NAMES
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """The frozen teacher.
+
+    Attributes:
+        name: timm model name.
+        model_args: Further arguments of timm's constructor.
+        image_size: Height and width in pixels.
+        checkpoint: Its weights, or None.
+        pretrained: Whether timm fetches the weights.
+        seed: Of its weights where it has none.
+        digest: What identifies its weights.
+    """
+
+    name: str
+    model_args: dict[str, Any]
+    image_size: tuple[int, int]
+    checkpoint: Path | None
+    pretrained: bool
+    seed: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """How samples become batches.
+
+    Attributes:
+        image_size: Height and width in pixels.
+        mean: Per channel, in [0, 1].
+        std: Per channel, in [0, 1].
+        num_workers: Loader processes of a rank.
+        shuffle_buffer: Samples in each worker's buffer.
+        evaluation_batch_size: Samples of a forward pass without gradients.
+    """
+
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_workers: int
+    shuffle_buffer: int
+    evaluation_batch_size: int
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Which teacher becomes which student, in which precision.
+
+    Attributes:
+        teacher: The frozen teacher.
+        student: What is exported, but for a head.
+        precision: ZeRO and precision.
+        seed: Of initialisation, order and augmentation.
+    """
+
+    teacher: TeacherPlan
+    student: StudentDescription
+    precision: DeepSpeedConfig
+    seed: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage as it will run.
+
+    Attributes:
+        number: 1, 2 or 3.
+        kind: What tells it apart.
+        config: The recipe's configuration under the conversion's step.
+        step: What the conversion says.
+        trainable: Patterns of the student's parameters that train.
+        frozen: Patterns of those among them that do not.
+        model: Of all stages alike.
+        data: Of all stages alike.
+        training: Its samples.
+        held_out: What it is evaluated on while it trains, the first ``monitor_samples`` of it.
+        monitor_samples: See ``held_out``.
+        micro_batch_size: Samples per rank and forward pass.
+        gradient_accumulation_steps: Forward passes per optimizer step.
+        task: What it is supervised by, or None.
+        probe_l2: Penalty of the probe that a head may start from.
+        conditions: Everything that decides the result but the student that it starts from, by recipe key.
+    """
+
+    number: int
+    kind: StageKind
+    config: StageConfig
+    step: ConversionStep
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    model: ModelPlan
+    data: DataPlan
+    training: ShardIndex
+    held_out: ShardIndex
+    monitor_samples: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    task: Task | None
+    probe_l2: float
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """How the models of a run are scored.
+
+    Attributes:
+        held_out: Samples that every model is scored on.
+        probe_train: Labelled samples that linear probes are fitted on, the first ``probe_samples`` of them; None
+            without labels.
+        probe_samples: See ``probe_train``.
+        probe_l2: Penalty of the probes.
+        conditions: What decides the scores of a given model.
+    """
+
+    held_out: ShardIndex
+    probe_train: ShardIndex | None
+    probe_samples: int
+    probe_l2: float
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A whole run.
+
+    Attributes:
+        run: Where its files lie.
+        recipe: With what the conversion states written into it.
+        model: See :class:`StagePlan`.
+        data: See :class:`StagePlan`.
+        stages: Those that were asked for, in order.
+        left_out: Numbers of those that the conversion does not have.
+        evaluation: How its models are scored.
+        notes: What the recipe's reader should know about how it was understood.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    model: ModelPlan
+    data: DataPlan
+    stages: tuple[StagePlan, ...]
+    left_out: tuple[int, ...]
+    evaluation: EvaluationPlan
+    notes: tuple[str, ...]
+
+
+def resolve_run(recipe: Recipe, stages: Sequence[int]) -> RunPlan:
+    """The plan of ``stages`` under ``recipe``; every rank calls it and gets rank 0's.
+
+    Raises:
+        ValueError: Anything about recipe, teacher or data that can be told before a model is built.
+    """
+    return from_rank_0(lambda: _resolve(recipe, stages))
+
+
+def conversion_of(recipe: Recipe) -> Conversion:
+    """ViT-AdaLA's conversion, or the mechanism's own.
+
+    Raises:
+        ValueError: An unknown mechanism, or one without a conversion of its own.
+    """
+    mixer = resolve_mechanism(recipe.mechanism)
+    if recipe.conversion == "adala":
+        return ADALA
+    native = getattr(mixer, "native_conversion", None)
+    if native is None:
+        raise ValueError(f"mechanism {recipe.mechanism} has no conversion of its own: use --conversion adala")
+    return native
+
+
+def run_folder(recipe: Recipe) -> RunFolder:
+    return RunFolder(Path(recipe.runs_dir).expanduser() / recipe.run_name)
+
+
+def _resolve(recipe: Recipe, stages: Sequence[int]) -> RunPlan:
+    conversion = conversion_of(recipe)
+    has_step = {number: conversion.step(STAGES[number].name) is not None for number in stages}
+    if len(stages) == 1 and not has_step[stages[0]]:
+        raise ValueError(
+            f"{recipe.mechanism}'s {conversion.name} conversion has no stage {stages[0]}: leave it out"
+        )  # fmt: skip
+    recipe, notes = _under_conversion(recipe, conversion)
+    model, data = _resolve_model(recipe)
+    read = _IndexReader(recipe)
+    steps = {number: conversion.step(STAGES[number].name) for number in stages if has_step[number]}
+    plans = tuple(_resolve_stage(recipe, number, step, model, data, read) for number, step in steps.items())
+    evaluation = _resolve_evaluation(recipe, read)
+    left_out = tuple(number for number in stages if not has_step[number])
+    if model.teacher.checkpoint is None and not model.teacher.pretrained:
+        notes = (
+            *notes,
+            "the teacher is a RANDOM network, as teacher.checkpoint says: nothing it teaches means anything",
+        )
+    return RunPlan(run_folder(recipe), recipe, model, data, plans, left_out, evaluation, notes)
+
+
+def _under_conversion(recipe: Recipe, conversion: Conversion) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with what the conversion states in place of its own values, and a note on each."""
+    notes = []
+    for step in conversion.steps:
+        number = next(number for number, kind in STAGES.items() if kind.name == step.stage)
+        stated = {}
+        for key in ("loss", "lr", "weight_decay"):
+            name, value = f"stage{number}.{key}", getattr(step, key)
+            own = getattr(recipe.stage(number), key, None)
+            if value is None or value == own:
+                continue
+            if name in recipe.over_conversion:
+                notes.append(f"{name} is {own}, as asked for, in place of the native conversion's {value}")
+            else:
+                notes.append(f"{name} is {value} by {recipe.mechanism}'s native conversion, in place of {own}")
+                stated[key] = value
+        if stated:
+            recipe = dataclasses.replace(
+                recipe, **{f"stage{number}": dataclasses.replace(recipe.stage(number), **stated)}
+            )
+    return recipe, tuple(notes)
+
+
+def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
+    config, size = recipe.teacher, recipe.data.image_size
+    if len(size) != 2:
+        raise ValueError(f"data.image_size must be [height, width] in pixels, not {size}")
+    # Without memory for its weights: only what it was trained with and what it takes are read off it.
+    with torch.device("meta"):
+        outline = build_backbone(config.name, size, config.model_args)
+    mean, std = (recipe.data.mean or outline.default_cfg["mean"]), (recipe.data.std or outline.default_cfg["std"])
+    teacher = TeacherPlan(
+        config.name,
+        dict(config.model_args),
+        tuple(size),
+        checkpoint=_teacher_checkpoint(recipe),
+        pretrained=config.pretrained and config.checkpoint is None,
+        seed=recipe.seed,
+        digest=_teacher_digest(recipe),
+    )
+    data = DataPlan(
+        tuple(size),
+        tuple(mean),
+        tuple(std),
+        recipe.data.num_workers,
+        recipe.data.shuffle_buffer,
+        recipe.evaluation.batch_size,
+    )
+    student = StudentDescription(
+        backbone=config.name,
+        model_args=dict(config.model_args),
+        image_size=list(size),
+        mechanism=recipe.mechanism,
+        mechanism_options=dict(recipe.mechanism_options),
+        keep=list(recipe.keep),
+        mean=list(mean),
+        std=list(std),
+    )
+    return ModelPlan(teacher, student, load_ds_config(recipe.ds_config), recipe.seed), data
+
+
+def _teacher_checkpoint(recipe: Recipe) -> Path | None:
+    named = recipe.teacher.checkpoint
+    if named in (None, RANDOM):
+        return None
+    path = TEACHER_PATH if named == EMBEDDED else Path(named).expanduser()
+    if not path.is_file():
+        raise ValueError(f"teacher.checkpoint {path} does not exist")
+    return path
+
+
+def _teacher_digest(recipe: Recipe) -> str:
+    path = _teacher_checkpoint(recipe)
+    if path is not None:
+        return file_digest(path)
+    if recipe.teacher.checkpoint == RANDOM:
+        return f"random weights of seed {recipe.seed}"
+    if not recipe.teacher.pretrained:
+        raise ValueError(
+            "the teacher has no weights: name a file in teacher.checkpoint, or set teacher.pretrained true to fetch "
+            f"them (teacher.checkpoint {RANDOM} makes a random network on purpose)"
+        )
+    return f"timm's pretrained weights of {recipe.teacher.name}"
+
+
+class _IndexReader:
+    """Reads each list of shards once, and looks at its first samples once."""
+
+    def __init__(self, recipe: Recipe):
+        self._embedded = Path(recipe.runs_dir).expanduser() / "embedded-fashion-mnist"
+        self._read: dict[tuple[str, ...], ShardIndex] = {}
+        self._peeked: dict[tuple[str, ...], list[RawSample]] = {}
+
+    def index(self, sources: Sequence[str]) -> ShardIndex:
+        """The shards behind ``sources``; the embedded ones are written below runs_dir when first asked for.
+
+        Raises:
+            ValueError: See ``adala.data.load_index``.
+        """
+        key = tuple(sources)
+        if key not in self._read:
+            if any(source.startswith(f"{EMBEDDED}:") for source in sources):
+                write_embedded(self._embedded)
+            self._read[key] = load_index([self._pattern(source) for source in sources])
+        return self._read[key]
+
+    def _pattern(self, source: str) -> str:
+        name, _, split = source.partition(":")
+        if name != EMBEDDED:
+            return source
+        if split not in ("train", "val"):
+            raise ValueError(f"{source}: the embedded data are embedded:train and embedded:val")
+        return str(self._embedded / f"{split}-*.tar")
+
+    def first_samples(self, sources: Sequence[str]) -> list[RawSample]:
+        key = tuple(sources)
+        if key not in self._peeked:
+            index = self.index(sources)
+            filled = next((shard for shard in index.shards if shard.samples), None)
+            count = min(PEEKED_SAMPLES, filled.samples) if filled else 0
+            self._peeked[key] = list(islice(read_shard(filled, range(count)), count)) if count else []
+        return self._peeked[key]
+
+    def is_labelled(self, sources: Sequence[str]) -> bool:
+        """Whether more than half of the first samples have a label."""
+        samples = self.first_samples(sources)
+        return 2 * sum(LABEL_FIELD in sample.fields for sample in samples) > len(samples)
+
+    def check_targets(self, task: Task, sources: Sequence[str], key: str) -> None:
+        """Refuses a data set whose first samples the task cannot be trained or scored on.
+
+        Raises:
+            ValueError: No labels, or one that the task cannot have; the message names ``key``.
+        """
+        if not self.is_labelled(sources):
+            raise ValueError(
+                f"Stage 3 needs labels, and the samples of {key} have no .{LABEL_FIELD} files: name labelled shards"
+            )
+        for raw in self.first_samples(sources):
+            try:
+                label = decode(raw, labelled=True).label
+            except DecodeError:
+                continue
+            try:
+                task.target({"label": torch.tensor([label])}, torch.device("cpu"))
+            except ValueError as error:
+                raise ValueError(f"{key}, sample {raw.id}: {error}") from error
+
+
+def _resolve_stage(
+    recipe: Recipe,
+    number: int,
+    step: ConversionStep,
+    model: ModelPlan,
+    data: DataPlan,
+    read: _IndexReader,
+) -> StagePlan:
+    kind, config = STAGES[number], recipe.stage(number)
+    sources = recipe.data.train if config.train_data is None else config.train_data
+    sources_key = "data.train" if config.train_data is None else f"stage{number}.train_data"
+    task = kind.build_task(config) if kind.build_task else None
+    training, held_out = read.index(sources), read.index(recipe.data.val)
+    if training.num_samples < config.global_batch_size:
+        raise ValueError(
+            f"{sources_key} holds {training.num_samples} samples, fewer than one global batch of "
+            f"{config.global_batch_size}: lower stage{number}.global_batch_size, or name more shards"
+        )
+    if held_out.num_samples < world_size():
+        raise ValueError(f"data.val holds {held_out.num_samples} samples, fewer than the {world_size()} ranks")
+    if task is not None:
+        read.check_targets(task, sources, sources_key)
+        read.check_targets(task, recipe.data.val, "data.val")
+    micro, accumulation = _divide_batch(number, config)
+    trainable = QKV_PATTERNS if getattr(config, "trainable", "all") == "qkv" else step.trainable
+    return StagePlan(
+        number=number,
+        kind=kind,
+        config=config,
+        step=step,
+        trainable=tuple(trainable),
+        frozen=tuple(getattr(config, "freeze", ())),
+        model=model,
+        data=data,
+        training=training,
+        held_out=held_out,
+        monitor_samples=recipe.evaluation.monitor_samples,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        task=task,
+        probe_l2=recipe.evaluation.probe_l2,
+        conditions=_stage_conditions(recipe, number, step, model, data, training),
+    )
+
+
+def _divide_batch(number: int, config: StageConfig) -> tuple[int, int]:
+    """Micro-batch and accumulation steps."""
+    micro = config.micro_batch_size or config.global_batch_size // world_size()
+    share = micro * world_size()
+    if micro < 1 or config.global_batch_size % share:
+        raise ValueError(
+            f"stage{number}.global_batch_size {config.global_batch_size} does not divide into {world_size()} ranks x "
+            f"micro-batches of {max(micro, 1)}: choose a multiple of {max(share, world_size())}, "
+            f"or another stage{number}.micro_batch_size"
+        )
+    return micro, config.global_batch_size // share
+
+
+def _stage_conditions(
+    recipe: Recipe,
+    number: int,
+    step: ConversionStep,
+    model: ModelPlan,
+    data: DataPlan,
+    training: ShardIndex,
+) -> dict[str, Any]:
+    """Everything that decides the stage's result but where it starts from, as JSON gives it back."""
+    config = dataclasses.asdict(recipe.stage(number))
+    own = {f"stage{number}.{key}": value for key, value in config.items() if key not in MAY_CHANGE + BY_DIGEST}
+    if config.get("head_init") == "probe":
+        own["evaluation.probe_l2"] = recipe.evaluation.probe_l2
+    return {
+        "seed": recipe.seed,
+        "mechanism": recipe.mechanism,
+        "mechanism_options": dict(recipe.mechanism_options),
+        "keep": list(recipe.keep),
+        "conversion": recipe.conversion,
+        "conversion step": value_digest(dataclasses.asdict(step)),
+        "teacher.name": model.teacher.name,
+        "teacher.model_args": model.teacher.model_args,
+        "teacher.checkpoint (its weights)": model.teacher.digest,
+        "data.image_size": list(data.image_size),
+        "data.mean": list(data.mean),
+        "data.std": list(data.std),
+        "data.shuffle_buffer": data.shuffle_buffer,
+        f"stage{number}.train_data or data.train (its shards)": _index_digest(training),
+        "ds_config (its precision)": model.precision.precision,
+        **own,
+    }
+
+
+def _index_digest(index: ShardIndex) -> str:
+    """What identifies a data set wherever it lies: names, samples and bytes of its shards."""
+    return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards])
+
+
+def _resolve_evaluation(recipe: Recipe, read: _IndexReader) -> EvaluationPlan:
+    config = recipe.evaluation
+    probe_sources = config.probe_train or recipe.data.train
+    labelled = read.is_labelled(recipe.data.val) and read.is_labelled(probe_sources)
+    held_out, probe_train = read.index(recipe.data.val), read.index(probe_sources) if labelled else None
+    conditions = {
+        "data.val": _index_digest(held_out),
+        "evaluation.probe_train": _index_digest(probe_train) if probe_train else None,
+        "evaluation.probe_samples": config.probe_samples,
+        "evaluation.probe_l2": config.probe_l2,
+    }
+    return EvaluationPlan(held_out, probe_train, config.probe_samples, config.probe_l2, conditions)
