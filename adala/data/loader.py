@@ -30,11 +30,11 @@ from adala.data.order import (
     usable_samples,
 )
 from adala.data.samples import (
+    MIN_BAD_SAMPLES,
     BadSamples,
     DecodeError,
     RawSample,
     Sample,
-    bad_sample_limit,
     decode,
     fill_slots,
     read_positions,
@@ -108,7 +108,7 @@ class TrainStream(IterableDataset):
             state = StreamState(state.epoch + 1, (fresh,))
 
     def _micro_batches(self, part: WorkerRange, micro_batch_size: int, epoch: int) -> Iterator[Batch]:
-        bad = BadSamples(bad_sample_limit(len(part.positions), self.max_bad_fraction))
+        bad = BadSamples(len(part.positions), self.max_bad_fraction)
         samples = fill_slots(
             self._raw_samples(part, part.consumed, epoch),
             lambda: self._raw_samples(part, 0, epoch),
@@ -315,7 +315,9 @@ class EvaluationStream(IterableDataset):
             return
         samples = read_positions(self.index, sequence, range(batches[0].start, batches[-1].stop))
         total = sum(len(batch) for batch in batches)
-        bad = BadSamples(min(bad_sample_limit(total, self.max_bad_fraction), max(1, total // 10)))
+        # Few of few: scores of what is left should still be scores of the set.
+        at_least = min(MIN_BAD_SAMPLES, max(1, total // 10))
+        bad = BadSamples(total, self.max_bad_fraction, at_least)
         for batch in batches:
             decoded = [sample for raw in islice(samples, len(batch)) if (sample := self._decode(raw, bad)) is not None]
             if decoded:

@@ -186,17 +186,12 @@ def reorder(samples: Iterable[RawSample], arriving: Iterable[int], leaving: Iter
         yield held.pop(number)
 
 
-def bad_sample_limit(samples: int, max_fraction: float) -> int:
-    """How many bad ones a range of so many samples may hold, however short it is."""
-    return max(MIN_BAD_SAMPLES, int(max_fraction * samples))
-
-
 class BadSamples:
     """Counts bad samples of one worker's range by shard, and stops the run when there are too many."""
 
-    def __init__(self, limit: int):
-        """Permits so many bad samples, see :func:`bad_sample_limit`."""
-        self.limit = limit
+    def __init__(self, range_length: int, max_fraction: float, at_least: int = MIN_BAD_SAMPLES):
+        """Permits a part of the range to be bad, but at least so many samples."""
+        self.limit = max(at_least, int(max_fraction * range_length))
         self._seen: set[str] = set()
         self._fresh: Counter[str] = Counter()
 

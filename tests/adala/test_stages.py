@@ -8,13 +8,18 @@ from torch import nn
 
 from adala.attention import TokenLayout
 from adala.conversion import QKV_PATTERNS
-from adala.export import build_head
 from adala.losses import mse
 from adala.optim import freeze_except
-from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning
+from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import linearize
+from adala.tasks import Classification
 
 ALL_LOSSES = ["mse", "normalized_mse", "head_output_mse_1000"]
+
+
+def calibrated(stage: Stage, images: torch.Tensor) -> Stage:
+    stage.calibrate([{"image": images}])
+    return stage
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
@@ -22,7 +27,7 @@ ALL_LOSSES = ["mse", "normalized_mse", "head_output_mse_1000"]
 @pytest.mark.parametrize("loss", ALL_LOSSES)
 def test_a_student_equal_to_its_teacher_has_zero_stage_1_loss(teacher, images, loss: str, dtype, mode: bool) -> None:
     teacher = teacher.to(dtype)
-    stage = AttentionAlignment(linearize(teacher, "softmax"), teacher, loss).train(mode)
+    stage = calibrated(AttentionAlignment(linearize(teacher, "softmax"), teacher, loss), images).train(mode)
     losses = stage({"image": images})
     assert {name: value.item() for name, value in losses.items() if name.endswith("loss")} == {
         "loss": 0.0, "block00_loss": 0.0, "block01_loss": 0.0, "block02_loss": 0.0,
@@ -33,7 +38,7 @@ def test_a_student_equal_to_its_teacher_has_zero_stage_1_loss(teacher, images, l
 @pytest.mark.parametrize("loss", ["mse", "normalized_mse"])
 def test_a_student_equal_to_its_teacher_has_zero_stage_2_loss(teacher, images, loss: str, dtype) -> None:
     teacher = teacher.to(dtype)
-    losses = FeatureAlignment(linearize(teacher, "softmax"), teacher, loss)({"image": images})
+    losses = calibrated(FeatureAlignment(linearize(teacher, "softmax"), teacher, loss), images)({"image": images})
     assert losses["loss"].item() == 0.0
     assert losses["feature_cosine"].item() == pytest.approx(1.0, abs=1e-5)
     assert losses["relative_error"].item() == 0.0
@@ -42,7 +47,7 @@ def test_a_student_equal_to_its_teacher_has_zero_stage_2_loss(teacher, images, l
 def stage_1_gradients(teacher, images, release: bool, factor: float) -> dict[str, torch.Tensor]:
     student = linearize(teacher, "linear", keep=[1])
     freeze_except(student, QKV_PATTERNS)
-    stage = AttentionAlignment(student, teacher, release_activations=release)
+    stage = calibrated(AttentionAlignment(student, teacher, release_activations=release), images)
     (factor * stage({"image": images})["loss"]).backward()
     return {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
 
@@ -62,7 +67,7 @@ def test_stage_1_keeps_one_blocks_activations_at_a_time(teacher, images) -> None
     def graph_after_forward(release: bool) -> int:
         student = linearize(teacher, "linear")
         freeze_except(student, QKV_PATTERNS)
-        stage = AttentionAlignment(student, teacher, release_activations=release)
+        stage = AttentionAlignment(student, teacher, "mse", release_activations=release)
         loss = stage({"image": images})["loss"]
         functions, seen = [loss.grad_fn], set()
         while functions:
@@ -78,7 +83,7 @@ def test_stage_1_keeps_one_blocks_activations_at_a_time(teacher, images) -> None
 def test_stage_1_sees_the_teachers_input_at_every_block(teacher, images) -> None:
     """A block's loss must not depend on what the student's earlier blocks do."""
     student = linearize(teacher, "linear")
-    stage = AttentionAlignment(student, teacher)
+    stage = AttentionAlignment(student, teacher, "mse")
     before = stage({"image": images})
     with torch.no_grad():
         student.blocks[0].attn.qkv.weight.mul_(-1)
@@ -108,9 +113,8 @@ def test_attention_maps_can_be_compared_where_there_are_feature_maps(teacher, im
     stage = AttentionAlignment(student, teacher, "attention_map_cross_entropy")
     stage({"image": images})["loss"].backward()
     assert all(p.grad.abs().max() > 0 for n, p in student.named_parameters() if "token_mixer" in n)
-    stage = AttentionAlignment(linearize(teacher, "linear"), teacher, "attention_map_cross_entropy")
     with pytest.raises(ValueError, match="has no feature maps"):
-        stage({"image": images})
+        AttentionAlignment(linearize(teacher, "linear"), teacher, "attention_map_cross_entropy")
 
 
 @pytest.mark.parametrize("stage_class", [AttentionAlignment, FeatureAlignment])
@@ -133,7 +137,8 @@ def test_training_moves_the_student_and_never_the_teacher(teacher, images, stage
 
 def finetuning(teacher, **arguments) -> Finetuning:
     student = linearize(teacher, "linear")
-    return Finetuning(student, teacher, build_head(student, 3, "cls_patch"), **arguments)
+    task = Classification(num_classes=3)
+    return Finetuning(student, teacher, task, task.build_head(student), **arguments)
 
 
 def test_finetuning_learns_and_counts(teacher, images) -> None:
@@ -146,7 +151,9 @@ def test_finetuning_learns_and_counts(teacher, images) -> None:
         losses["loss"].backward()
         optimizer.step()
     assert losses["top1"].item() == 100.0
-    assert set(stage.eval()(batch)) >= {"loss", "top1", "feature_cosine"}
+    outputs = stage.eval()(batch)
+    assert outputs["prediction"].argmax(-1).tolist() == [0, 1, 2, 1] and outputs["target"].tolist() == [0, 1, 2, 1]
+    assert torch.equal(outputs["teacher_features"], teacher(images)) and outputs["features"].shape == (4, 17, 32)
 
 
 def test_a_frozen_backbone_trains_the_head_only(teacher, images) -> None:
@@ -160,12 +167,50 @@ def test_a_frozen_backbone_trains_the_head_only(teacher, images) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "message"),
-    [({}, "Stage 3 needs labels"), ({"label": torch.tensor([0, 1, 2, 3])}, "has the label 3, but .* is 3")],
-    ids=["none", "outside"],
+    [
+        ({}, "Stage 3 needs labels"),
+        ({"label": torch.tensor([0, 1, 2, 3])}, "has the label 3, but .* is 3"),
+        ({"label": torch.tensor([0, -1, 2, 2])}, "has the label -1, but .* is 3"),
+    ],
+    ids=["none", "above", "below"],
 )
 def test_finetuning_needs_fitting_labels(teacher, images, batch: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         finetuning(teacher)({"image": images, **batch})
+
+
+@pytest.mark.parametrize("stage_class", [AttentionAlignment, FeatureAlignment])
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_the_gradient_of_the_default_loss_does_not_depend_on_the_cut(teacher, stage_class, pieces: int) -> None:
+    """A global batch whose images differ much, whole and in micro-batches."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(8, 3, 16, 16, generator=generator) * torch.logspace(-1, 1, 8)[:, None, None, None]
+
+    def gradient(cut: int) -> torch.Tensor:
+        stage = calibrated(stage_class(linearize(teacher, "linear"), teacher), images).train()
+        for part in images.chunk(cut):
+            (stage({"image": part})["loss"] / cut).backward()
+        return torch.cat([p.grad.flatten() for p in stage.parameters() if p.grad is not None])
+
+    whole, cut = gradient(1), gradient(pieces)
+    assert (cut - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_calibration_measures_the_variance_of_every_target(teacher, images) -> None:
+    stage = FeatureAlignment(linearize(teacher, "linear"), teacher)
+    with pytest.raises(ValueError, match="needs the variance of its targets"):
+        stage({"image": images})
+    stage.calibrate([{"image": images[:1]}, {"image": images[1:]}])
+    assert stage.target_variance["features"] == pytest.approx(teacher(images).var(correction=0).item(), rel=1e-5)
+    stage = calibrated(AttentionAlignment(linearize(teacher, "linear", keep=[1]), teacher), images)
+    assert list(stage.target_variance) == ["block00", "block02"]
+    assert stage({"image": images})["block00_loss"].item() > 0
+
+
+def test_a_target_without_variance_is_no_division_by_zero(teacher, images) -> None:
+    nn.init.zeros_(teacher.norm.weight)
+    stage = calibrated(FeatureAlignment(linearize(teacher, "softmax"), teacher), images)
+    assert stage({"image": images})["loss"].item() == 0.0
 
 
 def test_mistakes_are_named(teacher) -> None:

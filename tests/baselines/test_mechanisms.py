@@ -210,7 +210,10 @@ class TestPerformer:
                 projections.append(mixer.projection)
             return projections
 
-        mixer, cut = build_mixer("performer", SHAPE, options).double(), build_mixer("performer", SHAPE, options).double()
+        mixer, cut = (
+            build_mixer("performer", SHAPE, options).double(),
+            build_mixer("performer", SHAPE, options).double(),
+        )
         cut.load_state_dict(mixer.state_dict())
         first, second, third = train(mixer, range(3), 1)
         assert torch.equal(first, second)

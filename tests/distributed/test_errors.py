@@ -26,7 +26,7 @@ def fails_with(sentence: str, *arguments: str) -> None:
         (["--mechanism", "quadratic"], "unknown mechanism 'quadratic': known are softmax, linear"),
         (["--stage2.lrr", "1"], "unrecognized arguments: --stage2.lrr"),
         (["--data.image_size", "[18, 16]"], "18 x 16 is not divisible by the patch size 4 x 4: 16 x 16 would be"),
-        (["--stage2.global_batch_size", "64"], "40 samples, fewer than one global batch of 64"),
+        (["--stage2.global_batch_size", "64"], "data.train holds 40 samples, fewer than one global batch of 64"),
         (["--stage2.global_batch_size", "7"], "stage2.global_batch_size 7 does not divide into 2 ranks"),
         (
             ["--mechanism", "hedgehog", "--conversion", "native", "--ds_config", "zero3", "--stage", "1"],
@@ -76,6 +76,4 @@ def test_a_checkpoint_of_another_number_of_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     (tmp_path / "runs" / "tiny-run" / "stage1" / "finished.json").unlink()
     fails_with("was written with world_size 1, this run has 2: start as many ranks", "--recipe", recipe, "--stage", "1")
-    fails_with(
-        "was written with seed 0, this run has 5: set it back", "--recipe", recipe, "--stage", "1", "--seed", "5"
-    )
+    fails_with("was begun with seed 0, this run has 5: set it back", "--recipe", recipe, "--stage", "1", "--seed", "5")

@@ -106,7 +106,7 @@ def test_the_export_is_complete_and_scores_as_in_training(finished_run) -> None:
         else:
             assert "patch_embed.proj.weight" in moved and "norm.weight" in moved
     # What the trainer measured last, before the export, is what the report measured on the reloaded student.
-    cosine = json.loads((run / "stage2" / "finished.json").read_text())["feature_cosine"]
+    cosine = json.loads((run / "stage2" / "finished.json").read_text())["metrics"]["feature_cosine"]
     rows = json.loads((run / "report.json").read_text())["rows"]
     assert rows[3]["feature_cosine"] == pytest.approx(cosine, abs=tolerance)
     assert load_classifier(run / "stage3")(images).shape == (2, 3)
@@ -143,6 +143,10 @@ def run_until_step(recipe: Path, stage: str, step: int) -> None:
     process.wait()
 
 
+# Its projections are drawn anew every four steps, and so must be found by a resumed run and by the export.
+PERFORMER = {"mechanism": "performer", "mechanism_options": {"num_features": 16, "redraw_interval": 4}}
+
+
 @pytest.mark.parametrize("ds_config", ["zero1", "zero3"])
 def test_an_interrupted_run_continues_to_the_same_curve(tmp_path: Path, ds_config: str) -> None:
     """Killed in the middle of an epoch; steps 5 an epoch, saved every 3, so that the resumed run crosses epochs too."""
@@ -151,7 +155,7 @@ def test_an_interrupted_run_continues_to_the_same_curve(tmp_path: Path, ds_confi
     curves = {}
     for name in ("whole", "interrupted"):
         (tmp_path / name).mkdir()
-        recipe = write_tiny_recipe(tmp_path / name, stage2=stage, ds_config=ds_config, mechanism="performer")
+        recipe = write_tiny_recipe(tmp_path / name, stage2=stage, ds_config=ds_config, **PERFORMER)
         folder = tmp_path / name / "runs" / "tiny-run" / "stage2"
         if name == "interrupted":
             run_until_step(recipe, "2", 8)
@@ -195,13 +199,18 @@ def test_finished_stages_are_not_run_again_unasked(tmp_path: Path) -> None:
     stage = tmp_path / "runs" / "tiny-run" / "stage1"
     assert train("--recipe", recipe, "--stage", "1", ranks=1).returncode == 0
     first = digest(stage / "student.safetensors")
-    refused = train("--recipe", recipe, "--stage", "1", "--stage1.lr", "0.1", ranks=1)
-    assert refused.returncode != 0
-    assert "is finished already: add --overwrite" in refused.stdout
+    for arguments, sentence in (
+        ([], "is finished already: add --overwrite"),
+        (["--stage1.lr", "0.1"], "was finished with stage1.lr 0.001, this run has 0.1: set it back"),
+    ):
+        refused = train("--recipe", recipe, "--stage", "1", *arguments, ranks=1)
+        assert refused.returncode != 0
+        assert sentence in refused.stdout
     assert digest(stage / "student.safetensors") == first
     again = train("--recipe", recipe, "--stage", "1", "--stage1.lr", "0.1", "--overwrite", ranks=1)
     assert again.returncode == 0, again.stdout
     assert digest(stage / "student.safetensors") != first
+    assert not (stage.parent / "stage1.new").exists() and not (stage.parent / "overwrite.json").exists()
     ablation = train("--recipe", recipe, "--stage", "3", "--stage3.freeze_backbone", "true", ranks=1)
     assert ablation.returncode == 0, ablation.stdout
     assert f"starting from the student in {stage}" in ablation.stdout

@@ -1,4 +1,4 @@
-"""Three optimizer steps of Stages 1 and 2 under every ZeRO stage; rank 0 writes weights and gradients to a file.
+"""Three optimizer steps of each stage with its default loss under every ZeRO stage; rank 0 writes what came out.
 
 Run by test_zero.py through the DeepSpeed launcher; the last argument is the output file.
 """
@@ -13,16 +13,22 @@ from tiny_teacher import build_tiny_teacher
 from adala.conversion import QKV_PATTERNS
 from adala.distributed import close_distributed, init_distributed, rank, world_size
 from adala.optim import build_optimizer, freeze_except
-from adala.stages import AttentionAlignment, FeatureAlignment, Stage
+from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import linearize
+from adala.tasks import Classification
 
 GLOBAL_BATCH, STEPS, LR = 8, 3, 1e-2
-CLIPPING = {"attention_alignment": 0.0, "feature_alignment": 0.1}
+CLIPPING = {"attention_alignment": 0.0, "feature_alignment": 0.1, "finetuning": 0.1}
+NUM_CLASSES = 3
 
 
-def global_batches() -> torch.Tensor:
-    """(steps, global batch, 3, 16, 16)."""
-    return torch.randn(STEPS, GLOBAL_BATCH, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+def global_batches() -> list[dict[str, torch.Tensor]]:
+    """One a step; contrast differs a hundredfold between its images, and with it what they are compared with."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(STEPS, GLOBAL_BATCH, 3, 16, 16, generator=generator)
+    images = images * torch.logspace(-1, 1, GLOBAL_BATCH)[:, None, None, None]
+    labels = torch.randint(NUM_CLASSES, (STEPS, GLOBAL_BATCH), generator=generator)
+    return [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
 
 
 def build_stage(name: str, release: bool = True) -> Stage:
@@ -30,9 +36,17 @@ def build_stage(name: str, release: bool = True) -> Stage:
     if name == "attention_alignment":
         student = linearize(teacher, "linear", keep=[1])
         freeze_except(student, QKV_PATTERNS)
-        return AttentionAlignment(student, teacher, "mse", release_activations=release)
-    # No softmax block here: the gradient of its key bias is zero but for rounding, which AdamW would blow up.
-    return FeatureAlignment(linearize(teacher, "linear"), teacher, "mse")
+        stage = AttentionAlignment(student, teacher, release_activations=release)
+    else:
+        # No softmax block here: the gradient of its key bias is zero but for rounding, which AdamW would blow up.
+        student = linearize(teacher, "linear")
+        stage = FeatureAlignment(student, teacher)
+        if name == "finetuning":
+            task = Classification(NUM_CLASSES, label_smoothing=0.1)
+            torch.manual_seed(0)
+            stage = Finetuning(student, teacher, task, task.build_head(student))
+    stage.calibrate(global_batches()[:1])
+    return stage
 
 
 def build_stage_optimizer(stage: torch.nn.Module) -> torch.optim.Optimizer:
@@ -41,20 +55,24 @@ def build_stage_optimizer(stage: torch.nn.Module) -> torch.optim.Optimizer:
 
 def micro_batches(step: int, accumulation: int) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's part of a global batch, in ``accumulation`` pieces."""
-    mine = global_batches()[step].chunk(world_size())[rank()]
-    yield from ({"image": piece} for piece in mine.chunk(accumulation))
+    pieces = {
+        name: value.chunk(world_size())[rank()].chunk(accumulation) for name, value in global_batches()[step].items()
+    }
+    yield from (dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True))
 
 
 def run(name: str, zero: str, accumulation: int) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
-    from adala.engine import Engine, load_ds_config, zero_stage
+    from adala.ds_config import load_ds_config
+    from adala.engine import Engine
 
     config = load_ds_config(zero)
-    stage = build_stage(name, release=zero_stage(config) < 3)
+    stage = build_stage(name, release=config.zero_stage < 3)
     micro = GLOBAL_BATCH // world_size() // accumulation
     engine = Engine(stage, build_stage_optimizer, config, micro, accumulation, CLIPPING[name])
-    result = {}
+    # Before any step: what a stage starts with must come out of the engine as it went in.
+    result = {f"start/{key}": value for key, value in engine.full_state().items()}
     for step in range(STEPS):
         for index, batch in enumerate(micro_batches(step, accumulation)):
             engine.train()
@@ -73,7 +91,7 @@ def run(name: str, zero: str, accumulation: int) -> dict[str, torch.Tensor]:
 def main() -> None:
     init_distributed()
     results = {}
-    for name in ("attention_alignment", "feature_alignment"):
+    for name in CLIPPING:
         for zero in ("zero0", "zero1", "zero2", "zero3", "zero1_bf16", "zero1_autocast"):
             for accumulation in (1, 2):
                 results[f"{name}/{zero}/{accumulation}"] = run(name, zero, accumulation)

@@ -90,7 +90,7 @@ def options(folder: Path) -> list[str]:
     """A run of seconds."""
     return [
         "--runs_dir", str(folder / "runs"), "--run_name", "r", "--tensorboard", "false",
-        "--teacher.checkpoint", "null",
+        "--teacher.checkpoint", "random",
         "--teacher.model_args", "{patch_size: 14, embed_dim: 32, depth: 2, num_heads: 2}",
         "--data.train", json.dumps([str(folder / "shards" / "train-*.tar")]),
         "--data.val", json.dumps([str(folder / "shards" / "val-*.tar")]),

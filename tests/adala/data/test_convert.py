@@ -18,7 +18,7 @@ from adala.data.samples import decode, read_positions
 def samples_of(folder, split):
     index = load_index([f"{folder}/{split}-*.tar"])
     sequence = shards_in_order([shard.samples for shard in index.shards])
-    return [decode(raw, require_label=True) for raw in read_positions(index, sequence, range(index.num_samples))]
+    return [decode(raw, labelled=True) for raw in read_positions(index, sequence, range(index.num_samples))]
 
 
 @pytest.fixture

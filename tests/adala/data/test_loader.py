@@ -10,11 +10,14 @@ from itertools import islice
 
 import pytest
 import torch
+from PIL import Image
 
 import adala.data.loader
+from adala.data.convert import write_shards
 from adala.data.index import build_index, load_index
 from adala.data.loader import EvaluationLoader, TrainLoader, start_worker
 from adala.data.order import StreamState
+from adala.data.samples import BadDataError
 from adala.data.transforms import build_eval_transform, build_train_transform
 
 NORMALISATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -34,7 +37,13 @@ def index(shard_folder):
 
 @pytest.fixture
 def train_loader(index):
-    defaults = {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": 4, "seed": 5, "shuffle_buffer": 6}
+    defaults = {
+        "global_batch_size": GLOBAL_BATCH_SIZE,
+        "micro_batch_size": 4,
+        "seed": 5,
+        "shuffle_buffer": 6,
+        "labelled": True,
+    }
     return functools.partial(TrainLoader, index, TRANSFORM, **defaults)
 
 
@@ -214,10 +223,24 @@ def test_shards_without_labels(shard_folder):
     build = functools.partial(TrainLoader, index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0)
     assert set(next(iter(build()))) == {"image", "id", "epoch"}
     for num_workers in (0, 1):
-        with pytest.raises(ValueError, match=r"train-00000.tar/000\d has no label"):
-            next(iter(build(require_label=True, num_workers=num_workers)))
-    with pytest.raises(ValueError, match="has no label"):
-        next(iter(EvaluationLoader(index, TRANSFORM, batch_size=4, require_label=True)))
+        with pytest.raises(BadDataError, match="every sample of one data worker's range is bad"):
+            next(iter(build(labelled=True, num_workers=num_workers)))
+    with pytest.raises(BadDataError, match=r"more than 1 samples .* it has no label"):
+        next(iter(EvaluationLoader(index, TRANSFORM, batch_size=4, labelled=True)))
+
+
+def test_labels_that_nobody_asked_for_do_not_decide_what_a_batch_is(tmp_path):
+    """One sample without a label among many: every batch is the same with labels left out, and has one with them."""
+    samples = [
+        {"__key__": f"{n:02d}", "png": Image.new("RGB", (8, 8))} | ({"cls": n} if n != 5 else {}) for n in range(16)
+    ]
+    write_shards(samples, tmp_path, "train", samples_per_shard=16)
+    index = load_index([f"{tmp_path}/train-*.tar"])
+    build = functools.partial(TrainLoader, index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0)
+    assert all(set(batch) == {"image", "id", "epoch"} for batch in take(build(), 4))
+    loader = build(labelled=True)
+    assert all(len(batch["label"]) == 4 for batch in take(loader, 4))
+    assert loader.bad_samples == {"train-00000.tar": 1}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -244,7 +267,7 @@ def test_too_many_bad_samples_stop_the_run(shard_folder):
     index = load_index([f"{shard_folder(32, bad=tuple(range(0, 22, 2)))}/train-*.tar"])
     for num_workers in (0, 1):
         loader = TrainLoader(index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=num_workers)
-        with pytest.raises(RuntimeError, match=r"more than 10 samples .*train-00000.tar"):
+        with pytest.raises(BadDataError, match=r"more than 10 samples .*train-00000.tar"):
             take(loader, 8)
 
 
@@ -296,10 +319,10 @@ def test_workers_survive_the_signals_that_end_a_job(train_loader, monkeypatch, s
 def test_a_failing_trainer_leaves_no_workers(shard_folder):
     index = load_index([f"{shard_folder(8, labels=False)}/train-*.tar"])
     loader = TrainLoader(
-        index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=1, require_label=True
+        index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=1, labelled=True
     )
     begin = time.monotonic()
-    with pytest.raises(ValueError, match="has no label"):
+    with pytest.raises(ValueError, match="every sample"):
         next(iter(loader))
     assert multiprocessing.active_children() == [] and time.monotonic() - begin < 5
 
@@ -351,7 +374,15 @@ def test_evaluation_with_fewer_samples_than_ranks(shard_folder):
     assert sorted(len(ids(loader)) for loader in loaders) == sorted(map(len, loaders)) == [0, 1, 1]
 
 
-def test_a_bad_sample_is_an_error_in_evaluation(shard_folder):
-    index = load_index([f"{shard_folder(6, bad=(4,))}/train-*.tar"])
-    with pytest.raises(ValueError, match=r"evaluation sample train-00000.tar/0004 in .* is bad"):
-        list(EvaluationLoader(index, EVAL_TRANSFORM, batch_size=3))
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_evaluation_leaves_bad_samples_out_and_counts_them(shard_folder, num_workers):
+    index = load_index([f"{shard_folder(6, 6, bad=(4, 9, 10, 11))}/train-*.tar"])
+    loader = EvaluationLoader(index, EVAL_TRANSFORM, batch_size=3, num_workers=num_workers)
+    with pytest.raises(BadDataError, match=r"more than 1 samples .*train-00001.tar/0009"):
+        list(loader)
+    index = load_index([f"{shard_folder(6, 6, 8, bad=(6, 7), name='few')}/train-*.tar"])
+    loader = EvaluationLoader(index, EVAL_TRANSFORM, batch_size=2, num_workers=num_workers)
+    for _ in range(2):  # counted anew each time
+        batches = list(loader)
+        assert len(ids(batches)) == 18 and len(batches) == len(loader) - 1
+        assert loader.bad_samples == {"train-00001.tar": 2}

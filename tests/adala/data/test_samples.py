@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from adala.data.index import Shard, load_index
-from adala.data.samples import BadSamples, DecodeError, RawSample, decode, fill_slots, read_shard, reorder
+from adala.data.samples import BadDataError, BadSamples, DecodeError, RawSample, decode, fill_slots, read_shard, reorder
 
 SHARD = Shard("/shards/train-00000.tar", 100, 1)
 
@@ -52,7 +52,7 @@ def test_a_truncated_shard_is_named(shard_folder):
 @pytest.mark.parametrize("field, format", [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_images_of_all_kinds_become_rgb(field, format, mode):
-    sample = decode(RawSample(SHARD, "k", {field: image_bytes(mode, format), "cls": b"12"}))
+    sample = decode(RawSample(SHARD, "k", {field: image_bytes(mode, format), "cls": b"12"}), labelled=True)
     assert (sample.image.mode, sample.image.size, sample.label) == ("RGB", (6, 4), 12)
     assert sample.id == "train-00000.tar/k"
 
@@ -69,14 +69,16 @@ def test_a_truncated_image_and_a_strange_label_are_decode_errors():
     with pytest.raises(DecodeError, match="png cannot be decoded"):
         decode(RawSample(SHARD, "k", {"png": whole[: len(whole) // 2]}))
     with pytest.raises(DecodeError, match="label is not an integer"):
-        decode(RawSample(SHARD, "k", {"png": whole, "cls": b"cat"}))
+        decode(RawSample(SHARD, "k", {"png": whole, "cls": b"cat"}), labelled=True)
 
 
-def test_a_required_label_that_is_missing_names_the_sample():
+def test_a_label_is_read_where_it_is_asked_for_and_missed_there_alone():
+    labelled = RawSample(SHARD, "k", {**raw("k").fields, "cls": b"3"})
     assert decode(raw("k")).label is None
-    with pytest.raises(ValueError, match=r"train-00000.tar/k has no label") as caught:
-        decode(raw("k"), require_label=True)
-    assert not isinstance(caught.value, DecodeError)
+    assert decode(labelled).label is None
+    assert decode(labelled, labelled=True).label == 3
+    with pytest.raises(DecodeError, match="it has no label"):
+        decode(raw("k"), labelled=True)
 
 
 def test_reordering_reads_no_further_than_needed():
@@ -112,13 +114,14 @@ def test_the_last_slots_are_filled_from_the_beginning_and_count_once():
 
 def test_too_many_bad_samples_stop_the_run():
     slots = [raw(f"{number}", good=number >= 12) for number in range(13)]
-    with pytest.raises(RuntimeError, match=r"more than 10 .*train-00000.tar \(train-00000.tar/10: .*max_bad_fraction"):
+    with pytest.raises(BadDataError, match=r"more than 10 .*train-00000.tar \(train-00000.tar/10: .*repair the shards"):
         list(fill_slots(slots, lambda: slots, BadSamples(100, 0.01)))
     assert len(keys(fill_slots(slots, lambda: slots, BadSamples(100, 0.12)))) == 13
     assert BadSamples(5000, 0.01).limit == 50
+    assert BadSamples(20, 0.01, at_least=2).limit == 2
 
 
 def test_a_range_without_a_good_sample_stops_the_run():
     slots = [raw("a", good=False)]
-    with pytest.raises(RuntimeError, match="every sample"):
+    with pytest.raises(BadDataError, match="every sample"):
         list(fill_slots(slots, lambda: slots, BadSamples(1, 0.01)))
