@@ -1,7 +1,10 @@
 # make demo: the three stages on the embedded default, two CPU ranks, and the table.  make test: the tests.
+# Both on the CPU, also where there are GPUs; make demo DS_ACCELERATOR=cuda RANKS=1 trains on one GPU.
 PYTHON ?= python3
 VENV := .venv
 RANKS ?= 2
+DS_ACCELERATOR ?= cpu
+export DS_ACCELERATOR
 # DeepSpeed compiles its CPU communication once; in the default place, two clones would overwrite each other's.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 

@@ -9,6 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ranks of a launcher and this process alike compute on the CPU, whatever else the machine has.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
 # The folder itself, not tests/: there, tests/adala would be found in place of the package.
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))

@@ -17,8 +17,8 @@ _HOMES = {
     "build_index": "index",
     "build_train_transform": "transforms",
     "load_index": "index",
-    "write_embedded": "convert",
-    "write_shards": "convert",
+    "write_embedded": "pack",
+    "write_shards": "pack",
 }
 __all__ = list(_HOMES)
 

@@ -6,11 +6,10 @@ Run by test_conversions.py through the DeepSpeed launcher; the last argument is 
 import sys
 
 from adala.attention import mechanism_names, resolve_mechanism
-from adala.build import conversion_of
 from adala.config import load_recipe
-from adala.conversion import STAGE_NAMES
 from adala.distributed import close_distributed, init_distributed
-from adala.pipeline import run_stage
+from adala.pipeline import run_stages
+from adala.plan import STAGES, conversion_of
 
 OVERRIDES = [
     "--tensorboard=false",
@@ -28,9 +27,9 @@ def main(runs_dir: str) -> None:
                 continue
             name = ["--run_name", f"{mechanism}-{conversion}", "--mechanism", mechanism, "--conversion", conversion]
             recipe = load_recipe("tiny", ["--runs_dir", runs_dir, *name, *OVERRIDES])
-            for number in (1, 2, 3):
-                if conversion_of(recipe).step(STAGE_NAMES[number]) is not None:
-                    run_stage(recipe, number)
+            for number, kind in STAGES.items():
+                if conversion_of(recipe).step(kind.name) is not None:
+                    run_stages(recipe, [number])
     close_distributed()
 
 

@@ -4,17 +4,13 @@ import functools
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from launch import PROJECT, free_port, train
+from launch import run_until_step, train
 from safetensors.torch import load_file
 from tiny_run import write_tiny_recipe
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
@@ -126,23 +122,6 @@ def test_a_softmax_student_loads_into_plain_timm(tmp_path: Path) -> None:
     assert first["loss"] == 0.0 and first["relative_error"] == 0.0
 
 
-def run_until_step(recipe: Path, stage: str, step: int) -> None:
-    """Starts a stage on two ranks and kills it, all processes at once, when it has logged ``step``."""
-    folder = recipe.parent / "runs" / "tiny-run" / f"stage{stage}"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    command = [*launcher, "launchers/train.py", "--recipe", str(recipe), "--stage", stage]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(
-        command, cwd=PROJECT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(folder, "train")):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be interrupted"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 # Its projections are drawn anew every four steps, and so must be found by a resumed run and by the export.
 PERFORMER = {"mechanism": "performer", "mechanism_options": {"num_features": 16, "redraw_interval": 4}}
 
@@ -158,7 +137,7 @@ def test_an_interrupted_run_continues_to_the_same_curve(tmp_path: Path, ds_confi
         recipe = write_tiny_recipe(tmp_path / name, stage2=stage, ds_config=ds_config, **PERFORMER)
         folder = tmp_path / name / "runs" / "tiny-run" / "stage2"
         if name == "interrupted":
-            run_until_step(recipe, "2", 8)
+            run_until_step(recipe, ["--stage", "2"], folder, 8)
             assert not (folder / "finished.json").exists(), "it was too fast to be interrupted"
             kept = complete_checkpoints(folder / "checkpoints")
             assert kept, "nothing was saved before the interruption"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import adala.data.loader
-from adala.data.convert import write_shards
+from adala.data.pack import write_shards
 from adala.data.index import build_index, load_index
 from adala.data.loader import EvaluationLoader, TrainLoader, start_worker
 from adala.data.order import StreamState

@@ -164,7 +164,7 @@ def _write_classes(folder: Path, names: list[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit code is 1 after a mistake, which is one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m adala.data.convert", description="Write WebDataset shards.")
+    parser = argparse.ArgumentParser(prog="python -m adala.data.pack", description="Write WebDataset shards.")
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser("imagefolder", help="a folder of images, one sub-folder a class")
     images.add_argument("source", help="folder with a sub-folder for each class (a single one without labels)")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import adala.data
-from adala.data.convert import main, write_embedded, write_image_folder, write_shards
+from adala.data.pack import main, write_embedded, write_image_folder, write_shards
 from adala.data.embedded import load_split
 from adala.data.index import load_index
 from adala.data.index import main as index_main

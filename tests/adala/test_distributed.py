@@ -1,0 +1,50 @@
+"""Devices as DeepSpeed's switch says, and the shared memory that its CPU communication leaves behind."""
+
+import mmap
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from adala import distributed
+
+
+@pytest.mark.parametrize(
+    ("available", "switch", "expected"),
+    [(True, None, "cuda"), (True, "cuda", "cuda"), (True, "cpu", "cpu"), (False, None, "cpu"), (False, "cuda", "cpu")],
+)
+def test_the_device_is_that_of_deepspeed(monkeypatch, available: bool, switch: str | None, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("DS_ACCELERATOR", switch)
+    assert distributed.device().type == expected
+    assert distributed.uses_gpu() == (expected == "cuda")
+
+
+def test_more_ranks_than_gpus_are_told_how_many_there_are(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="2 ranks on this machine, which has 1 GPUs: start as many ranks"):
+        distributed.init_distributed()
+
+
+def test_buffers_that_nobody_maps_are_removed(tmp_path: Path, monkeypatch) -> None:
+    """What killed runs left goes; what is mapped, young, or somebody else's stays."""
+    monkeypatch.setattr(distributed, "SHARED_MEMORY", tmp_path)
+    names = {name: tmp_path / f"deepspeed_allreduce_buffer_0_{name}" for name in ("left", "mapped", "young")}
+    names["other"] = tmp_path / "psm_of_another_program"
+    for path in names.values():
+        path.write_bytes(bytes(4096))
+        if path != names["young"]:
+            os.utime(path, (time.time() - 3600,) * 2)
+    with names["mapped"].open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        distributed.remove_orphaned_buffers()
+        assert {name for name, path in names.items() if path.exists()} == {"mapped", "young", "other"}
+    distributed.remove_orphaned_buffers()
+    assert {name for name, path in names.items() if path.exists()} == {"young", "other"}
