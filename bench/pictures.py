@@ -1,12 +1,13 @@
 """The pictures of a bench report, as SVG text."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from results import Results, Row, SweepRow, resolutions, row_of
 
 # Softmax and the ceiling are what everything is held against: black, and grey dashes. AdaLA's own mechanism is thick.
 STYLES: dict[str, dict] = {
@@ -24,6 +25,70 @@ STYLES: dict[str, dict] = {
 LABELS = {"linear": "linear (AdaLA)", "none": "none (ceiling)"}
 # Mechanism, and its points (tokens, value).
 Lines = dict[str, list[tuple[float, float]]]
+
+
+def lines_of(rows: Iterable[Row | SweepRow], value: str) -> Lines:
+    """(tokens, value) by mechanism, of rows that have it."""
+    lines: Lines = {}
+    for row in rows:
+        if row.tokens and getattr(row, value):
+            lines.setdefault(row.mechanism, []).append((row.tokens, getattr(row, value)))
+    return lines
+
+
+def pictures(results: Results) -> list[tuple[str, str]]:
+    """Captions and SVGs, those that there are data for."""
+    found = []
+    throughput = lines_of(results.rows, "throughput_img_s")
+    if throughput:
+        found.append(("Throughput against tokens (higher is better).", draw_lines(throughput, "images/s (log scale)")))
+    if throughput and "softmax" in throughput:
+        speeds = lines_of(results.rows, "ratio_vs_softmax")
+        caption = "The same against softmax: above 1 a mechanism is worth it."
+        found.append((caption, draw_lines(speeds, "speed against softmax (log scale)", level=1.0)))
+    for scope, words in (("network", "whole network"), ("operator", "mixing of one layer alone")):
+        # No mixing at all is a thousand times faster than mixing, which would leave the others no room.
+        left_out = ("operator", "none")
+        swept = [row for row in results.sweep if row.scope == scope and (scope, row.mechanism) != left_out]
+        lines = lines_of(swept, "ratio_vs_softmax")
+        if lines:
+            caption = f"Sweep over token counts, {words}: where a line crosses 1, the mechanism begins to pay."
+            found.append((caption, draw_lines(lines, "speed against softmax (log scale)", level=1.0)))
+    memory = lines_of(results.rows, "activations_mib")
+    if memory:
+        caption = "Memory for activations against tokens (lower is better); weights come on top."
+        found.append((caption, draw_lines(memory, "activations, MiB (log scale)")))
+        largest = [row for row in results.rows if row.res == resolutions(results)[-1] and row.activations_mib]
+        found.append(
+            (
+                f"Weights and activations at {largest[0].res} px.",
+                draw_stack(
+                    [row.mechanism for row in largest],
+                    [row.weights_mib for row in largest],
+                    [row.activations_mib for row in largest],
+                    "MiB",
+                ),
+            )
+        )
+    points, res = accuracy_points(results)
+    if points:
+        caption = (
+            f"Accuracy against speed: top-1 on recipe {results.machine.get('recipe', 'tiny')} (another, smaller "
+            f"network) over images/s of {results.machine.get('backbone')} at {res} px."
+        )
+        found.append((caption, draw_scatter(points, f"images/s at {res} px", "top-1 (%)")))
+    return found
+
+
+def accuracy_points(results: Results) -> tuple[dict[tuple[str, str], tuple[float, float]], int]:
+    """(images/s at the largest resolution, top-1) by mechanism and conversion, and that resolution."""
+    points = {}
+    res = resolutions(results)[-1] if results.rows else 0
+    for row in results.accuracy:
+        timed = row_of(results, row.mechanism, res)
+        if row.top1 is not None and timed is not None and timed.throughput_img_s:
+            points[row.mechanism, row.conversion] = (timed.throughput_img_s, row.top1)
+    return points, res
 
 
 def draw(fill: Callable[[Axes], None], size: tuple[float, float] = (8.0, 4.6)) -> str:

@@ -7,18 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from cases import (
-    DTYPES,
-    MECHANISMS,
     SOFTMAX,
     UNFUSED,
-    Backbone,
     Case,
-    check_mechanisms,
-    default_backbone,
+    build_outline,
+    known_mechanisms,
     mechanism_options,
-    rounded_size,
+    num_tokens,
 )
-from cost import num_tokens
 from timing import bfloat16_pays_on_cpu, fastest_sdpa_backend
 from timm.models.vision_transformer import VisionTransformer
 
@@ -28,29 +24,27 @@ class Settings:
     """What the command line asks for, with everything that depends on the device filled in.
 
     Attributes:
-        backbone: The network around the mechanisms.
-        outline: That network without memory for its weights.
+        network: Backbone, batch and dtype of every case.
+        outline: The backbone without memory for its weights.
         device: Where everything runs.
         protocol: ``paper`` or ``best``.
-        dtype: Name of the dtype of weights and activations.
-        batch: Images of one forward pass.
         mechanisms: In the order of the rows.
         most_rounds: Largest number of timed rounds.
         compile: ``auto``, ``on`` or ``off``.
         sdpa: ``auto`` or the name of a backend.
+        notes: What was chosen, and why; the first says which network.
         softmax: By image size, what softmax attention is computed by; see :meth:`softmax_at`.
     """
 
-    backbone: Backbone
+    network: Case
     outline: VisionTransformer
     device: torch.device
     protocol: str
-    dtype: str
-    batch: int
     mechanisms: tuple[str, ...]
     most_rounds: int
     compile: str
     sdpa: str
+    notes: list[str]
     softmax: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @property
@@ -64,70 +58,78 @@ class Settings:
         if self.sdpa != "auto":
             return self.sdpa
         if image_size not in self.softmax:
-            attention = self.outline.blocks[0].attn
-            shape = (self.batch, num_tokens(self.outline, image_size), 3, attention.num_heads, attention.head_dim)
+            attention, tokens = self.outline.blocks[0].attn, num_tokens(self.outline, image_size)
+            shape = (self.network.batch, tokens, 3, attention.num_heads, attention.head_dim)
             packed = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            q, k, v = packed.to(self.device, DTYPES[self.dtype]).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = packed.to(self.device, self.network.torch_dtype).permute(2, 0, 3, 1, 4).unbind(0)
             self.softmax[image_size] = fastest_sdpa_backend(q, k, v)
         return self.softmax[image_size]
 
     def case(self, mechanism: str, image_size: tuple[int, int]) -> Case:
         softmax = self.softmax_at(image_size) if mechanism == SOFTMAX else None
         options = mechanism_options(mechanism, self.protocol)
-        return Case(self.backbone, mechanism, image_size, options, self.batch, self.dtype, softmax)
+        return replace(self.network, mechanism=mechanism, image_size=image_size, options=options, softmax=softmax)
 
     def cases(self, image_size: tuple[int, int]) -> dict[str, Case]:
         return {mechanism: self.case(mechanism, image_size) for mechanism in self.mechanisms}
 
+    def image_sizes(self, resolutions: Sequence[int]) -> list[tuple[int, int]]:
+        """Sizes that the patch divides, in ascending order, without repetition; rounding down is noted.
 
-def build_settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:
-    """Settings, and notes about what was chosen; the first says which network.
+        Raises:
+            ValueError: Not even one patch fits.
+        """
+        sizes, (rows, columns) = [], self.patch_size
+        for res in sorted(set(resolutions)):
+            size = (res // rows * rows, res // columns * columns)
+            if min(size) < 1:
+                raise ValueError(f"--res {res}: smaller than one patch of {rows} x {columns}")
+            if size != (res, res):
+                self.notes.append(f"{res} px is not divisible by the patch of {rows} px: rounded down to {size[0]} px")
+            sizes.append(size)
+        return list(dict.fromkeys(sizes))
+
+
+def build_settings(options: argparse.Namespace) -> Settings:
+    """Fills in what depends on the device.
 
     Raises:
-        ValueError: A mechanism that the bench does not know, or a backbone that is none.
+        ValueError: A mechanism that nobody has registered, a backbone that is none, or no GPU.
     """
-    check_mechanisms(options.mechanisms)
+    known = known_mechanisms()
+    unknown = [name for name in options.mechanisms if name not in known]
+    if unknown:
+        raise ValueError(f"--mechanisms {unknown[0]}: the bench has {', '.join(known)}")
     device = pick_device(options.device)
-    on_gpu = device.type == "cuda"
-    backbone = default_backbone(device)
-    if options.backbone is not None:
-        backbone = Backbone(options.backbone, options.model_args or {})
-    elif options.model_args is not None:
-        backbone = replace(backbone, model_args=backbone.model_args | options.model_args)
-    model = backbone.build_outline()
-    why = "as asked for"
-    if options.backbone is None:
-        why = "the default on a GPU" if on_gpu else "the default on a CPU; on a GPU it is ViT-L/16"
-    patch = tuple(model.patch_embed.patch_size)
-    arguments = f" {json.dumps(backbone.model_args)}" if backbone.model_args else ""
+    on_gpu, paper = device.type == "cuda", options.protocol == "paper"
+    # DINOv2-style: with LayerScale.
+    default, model_args = "vit_large_patch16_224" if on_gpu else "vit_small_patch16_224", {"init_values": 1e-5}
+    model_args = ({} if options.backbone else model_args) | (options.model_args or {})
+    network = Case(options.backbone or default, model_args, batch=options.batch)
+    outline = build_outline(network)
+    why = "the default on a GPU" if on_gpu else "the default on a CPU; on a GPU it is ViT-L/16"
+    arguments = f" {json.dumps(network.model_args)}" if network.model_args else ""
     notes = [
-        f"backbone {backbone.name}{arguments}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"patch {patch[0]} ({why})"
+        f"backbone {network.backbone}{arguments}, {sum(p.numel() for p in outline.parameters()) / 1e6:.2f} M "
+        f"parameters, patch {outline.patch_embed.patch_size[0]} ({'as asked for' if options.backbone else why})"
     ]
     dtype, reason = options.dtype, "as asked for"
-    if dtype == "auto" and options.protocol == "paper":
-        dtype, reason = "float32", "the protocol's"
-    elif dtype == "auto":
-        pays = on_gpu or bfloat16_pays_on_cpu()
+    if dtype == "auto":
+        pays = not paper and (on_gpu or bfloat16_pays_on_cpu())
         dtype = "bfloat16" if pays else "float32"
-        reason = "the protocol's" if pays else "this CPU has no fast bfloat16"
+        reason = "the protocol's" if pays or paper else "this CPU has no fast bfloat16"
     notes.append(f"protocol {options.protocol}, batch {options.batch}, {dtype} ({reason})")
-    compile_mode = options.compile
-    if compile_mode == "auto" and options.protocol == "paper":
-        compile_mode = "off"
-    settings = Settings(
-        backbone=backbone,
-        outline=model,
+    return Settings(
+        network=replace(network, dtype=dtype),
+        outline=outline,
         device=device,
         protocol=options.protocol,
-        dtype=dtype,
-        batch=options.batch,
-        mechanisms=tuple(name for name in MECHANISMS if name in options.mechanisms),
+        mechanisms=tuple(name for name in known if name in options.mechanisms),
         most_rounds=options.rounds,
-        compile=compile_mode,
+        compile="off" if options.compile == "auto" and paper else options.compile,
         sdpa=options.sdpa,
+        notes=notes,
     )
-    return settings, notes
 
 
 def pick_device(name: str) -> torch.device:
@@ -136,16 +138,3 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-def image_sizes(settings: Settings, resolutions: Sequence[int], notes: list[str]) -> list[tuple[int, int]]:
-    """Sizes that the patch divides, in ascending order; rounding is noted."""
-    sizes = []
-    for res in sorted(set(resolutions)):
-        size = rounded_size(res, settings.patch_size)
-        if size != (res, res):
-            patch = settings.patch_size
-            notes.append(f"{res} px is not divisible by the patch of {patch[0]} px: rounded down to {size[0]} px")
-        if size not in sizes:
-            sizes.append(size)
-    return sizes

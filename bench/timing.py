@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -110,6 +111,12 @@ class Samples:
     errors: dict[str, Exception] = field(default_factory=dict)
     rounds: int = 0
 
+    def against(self, baseline: str, name: str) -> tuple[float | None, float | None, float | None]:
+        """:func:`speedup` of a case over another one; None where there is no such one or it failed."""
+        if baseline not in self.seconds or baseline in self.errors:
+            return None, None, None
+        return speedup(self.seconds[baseline], self.seconds[name])
+
 
 def interleave(
     cases: Mapping[str, Runner],
@@ -143,15 +150,15 @@ def interleave(
     return samples
 
 
-def round_ratios(baseline: Sequence[float | None], case: Sequence[float | None]) -> list[float]:
-    """How many times faster ``case`` is than ``baseline``, in each round that has both."""
-    return [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
+def speedup(
+    baseline: Sequence[float | None], case: Sequence[float | None]
+) -> tuple[float | None, float | None, float | None]:
+    """How many times faster ``case`` is: the median of the ratios within a round, and :func:`median_interval` of it.
 
-
-def speedup(baseline: Sequence[float | None], case: Sequence[float | None]) -> float | None:
-    """How many times faster ``case`` is than ``baseline``: the median of their ratios within a round."""
-    ratios = round_ratios(baseline, case)
-    return median(ratios) if ratios else None
+    None where no round has both.
+    """
+    ratios = [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
+    return (median(ratios), *median_interval(ratios)) if ratios else (None, None, None)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -168,13 +175,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[beyond], ordered[n - 1 - beyond]
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linearly interpolated between the sorted values."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+def percentile(values: Sequence[float | None], percent: float) -> float:
+    """Of those there are, linearly interpolated between the sorted values."""
+    return float(np.percentile([value for value in values if value is not None], percent))
 
 
 def iterations_for(seconds: float, shortest_s: float = SHORTEST_SAMPLE_S) -> int:
@@ -234,12 +237,12 @@ def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5)
 class CompiledBlock(nn.Module):
     """A transformer block that is called through a compiled function."""
 
-    def __init__(self, block: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]):
+    def __init__(self, block: nn.Module, call: Callable[..., Tensor]):
         super().__init__()
         self.block, self.call = block, call
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self.block, x)
+    def forward(self, *inputs: Any, **arguments: Any) -> Tensor:
+        return self.call(self.block, *inputs, **arguments)
 
 
 def compiled_call(backend: str = "inductor") -> Callable[..., Any]:
@@ -249,8 +252,8 @@ def compiled_call(backend: str = "inductor") -> Callable[..., Any]:
     search each other's entries at every call, and fall back to eager at the eighth.
     """
 
-    def call(module: nn.Module, *inputs: Any) -> Any:
-        return module(*inputs)
+    def call(module: nn.Module, *inputs: Any, **arguments: Any) -> Any:
+        return module(*inputs, **arguments)
 
     own = types.FunctionType(call.__code__.replace(co_name="call_of_one_case"), call.__globals__)
     return torch.compile(own, backend=backend, dynamic=False)
@@ -268,28 +271,18 @@ def compiled(model: VisionTransformer, backend: str = "inductor") -> VisionTrans
     return twin
 
 
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """float32 that is float32 on a GPU as well, in matrix products and convolutions."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv if _has_new_switches() else torch.backends.cudnn)
-    name, exact = ("fp32_precision", "ieee") if _has_new_switches() else ("allow_tf32", False)
-    before = [getattr(backend, name) for backend in backends]
-    for backend in backends:
-        setattr(backend, name, exact)
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
-
-
-def _has_new_switches() -> bool:
-    return hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(torch.backends.cudnn, "conv")
+def switch_off_tf32() -> None:
+    """Makes float32 float32 on a GPU as well, in matrix products and convolutions, from here on."""
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends.cudnn, "conv"):  # since PyTorch 2.9, where the older switch must not be used beside it
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    else:
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def train_runner(student: VisionTransformer, teacher: VisionTransformer, images: Tensor, lr: float = 1e-5) -> Runner:
     """One Stage 2 step in plain PyTorch: frozen teacher, student, loss on all tokens, backward, AdamW."""
-    stage = FeatureAlignment(student.requires_grad_(True).train(), teacher).train()
+    stage = FeatureAlignment(student.requires_grad_(True).train(), teacher, "mse").train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
 
     def step() -> None:
@@ -300,37 +293,25 @@ def train_runner(student: VisionTransformer, teacher: VisionTransformer, images:
     return Runner(step)
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """From how many tokens on a mechanism beats softmax.
-
-    Attributes:
-        tokens: Interpolated on log scales between the counts measured; None unless ``kind`` is ``within``.
-        kind: ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements.
-    """
-
-    tokens: float | None
-    kind: Literal["within", "always", "never", "unknown"]
-
-
-def crossover(points: Sequence[tuple[int, float | None]]) -> Crossover:
+def crossover(points: Sequence[tuple[int, float | None]]) -> tuple[str, float | None]:
     """Where the ratio to softmax reaches 1 for good.
 
     Args:
         points: Tokens and how many times faster than softmax, None where that could not be measured.
+
+    Returns:
+        ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements; and for
+        ``within`` the tokens, interpolated on log scales between the counts measured.
     """
     known = sorted((tokens, ratio) for tokens, ratio in points if ratio is not None and ratio > 0)
-    if not known:
-        return Crossover(None, "unknown")
     slower = [index for index, (_, ratio) in enumerate(known) if ratio < 1]
-    if not slower:
-        return Crossover(None, "always")
-    last = slower[-1]
-    if last == len(known) - 1:
-        return Crossover(None, "never")
-    (tokens, ratio), (next_tokens, next_ratio) = known[last], known[last + 1]
+    if not known or not slower:
+        return ("always" if known else "unknown"), None
+    if slower[-1] == len(known) - 1:
+        return "never", None
+    (tokens, ratio), (next_tokens, next_ratio) = known[slower[-1]], known[slower[-1] + 1]
     share = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
-    return Crossover(math.exp(math.log(tokens) + share * math.log(next_tokens / tokens)), "within")
+    return "within", math.exp(math.log(tokens) + share * math.log(next_tokens / tokens))
 
 
 def doubling_grids(most_tokens: int, least_tokens: int = 64) -> list[tuple[int, int]]:
@@ -343,68 +324,42 @@ def doubling_grids(most_tokens: int, least_tokens: int = 64) -> list[tuple[int, 
     return grids
 
 
-class Nvml:
-    """NVIDIA's management library for one GPU; every answer is None where it gives none."""
+def nvml(device: torch.device, function: str) -> Any:
+    """What NVIDIA's management library answers about a GPU (or its system); None where it gives no answer.
 
-    def __init__(self, device: torch.device):
-        self._nvml = self._handle = None
-        if device.type != "cuda":
-            return
-        import pynvml
+    Args:
+        device: Where it is none of NVIDIA's, there is no answer.
+        function: Name of one of its functions, which takes the GPU's handle, or nothing if it is an ``nvmlSystem...``.
+    """
+    if device.type != "cuda":
+        return None
+    import pynvml
 
-        try:
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(name.encode())
-            self._nvml = pynvml
-        except pynvml.NVMLError:
-            # No driver library, no permission, a part of a GPU: a number that is missing, not a failure of the bench.
-            self._nvml = self._handle = None
-
-    def ask(self, function: str) -> Any:
-        """What ``pynvml.<function>(handle)`` returns."""
-        if self._nvml is None:
-            return None
-        try:
-            return getattr(self._nvml, function)(self._handle)
-        except self._nvml.NVMLError:
-            return None
-
-    @property
-    def driver(self) -> str | None:
-        if self._nvml is None:
-            return None
-        version = self._nvml.nvmlSystemGetDriverVersion()
-        return version.decode() if isinstance(version, bytes) else version
-
-    @property
-    def energy_mj(self) -> int | None:
-        """Energy drawn since the driver was loaded, in millijoules."""
-        return self.ask("nvmlDeviceGetTotalEnergyConsumption")
-
-
-def process_memory_mib(device: torch.device) -> float | None:
-    """Memory of the GPU that NVML books on this process, in MiB; None where it does not say."""
-    processes = Nvml(device).ask("nvmlDeviceGetComputeRunningProcesses") or []
-    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-    return own[0] / 2**20 if own and own[0] is not None else None
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        handle = () if function.startswith("nvmlSystem") else (pynvml.nvmlDeviceGetHandleByUUID(name.encode()),)
+        return getattr(pynvml, function)(*handle)
+    except pynvml.NVMLError:
+        # No driver library, no permission, a part of a GPU: a number that is missing, not a failure of the bench.
+        return None
 
 
 def energy_mj_per_image(
-    runner: Runner, batch: int, seconds: float, nvml: Nvml, device: torch.device, window_s: float = 2.0
+    runner: Runner, batch: int, seconds: float, device: torch.device, window_s: float = 2.0
 ) -> float | None:
     """Energy of the whole GPU over at least ``window_s`` of nothing but this case, in millijoules an image.
 
     NVML's counter moves about ten times a second, so that the window must be long against that.
     """
-    if nvml.energy_mj is None:
+    if nvml(device, "nvmlDeviceGetTotalEnergyConsumption") is None:
         return None
     iterations = max(1, math.ceil(window_s / seconds))
     torch.cuda.synchronize(device)
-    before = nvml.energy_mj
+    before = nvml(device, "nvmlDeviceGetTotalEnergyConsumption")
     measure_for(device)(runner, iterations)
-    after = nvml.energy_mj
+    after = nvml(device, "nvmlDeviceGetTotalEnergyConsumption")
     return None if before is None or after is None else (after - before) / (iterations * batch)
 
 
@@ -430,7 +385,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -438,8 +393,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "driver": Nvml(device).driver,
+        "driver": nvml(device, "nvmlSystemGetDriverVersion"),
     }
+
+
+def load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _cpu_name() -> str:
@@ -452,15 +411,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the project, with ``+`` where files differ from it; None outside a checkout."""
-    project = Path(__file__).resolve().parent.parent
-    said = []
-    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"]):
-        try:
-            done = subprocess.run(["git", *command], cwd=project, capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        if done.returncode:
-            return None
-        said.append(done.stdout.strip())
-    return said[0] + ("+" if said[1] else "")
+    """The commit of the project, with ``+`` where its files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

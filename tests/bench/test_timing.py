@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from allocator import HUGE_PAGES_SETTING
-from cases import MECHANISMS, Backbone, Case, build_model
+from cases import MECHANISMS, Case, build_model
 from timing import (
-    Crossover,
     Runner,
     compiled,
     crossover,
@@ -73,7 +72,7 @@ def test_ratios_survive_a_machine_that_slows_down():
     }
     samples = interleave(cases, 30, dict.fromkeys(cases, 1), wall_clock(clock))
     alone = percentile(samples.seconds["softmax"], 50) / samples.seconds["other"][0]
-    assert speedup(samples.seconds["softmax"], samples.seconds["other"]) == pytest.approx(2.0, rel=0.06)
+    assert samples.against("softmax", "other")[0] == pytest.approx(2.0, rel=0.06)
     assert alone > 10
 
 
@@ -91,6 +90,8 @@ def test_a_case_that_fails_leaves_the_others_alone():
     assert samples.seconds["good"] == [1.0] * 5
     assert samples.seconds["bad"][2:] == [None] * 3 and len(calls) == 3
     assert str(samples.errors["bad"]) == "boom"
+    assert samples.against("good", "good") == (1.0, 1.0, 1.0)
+    assert samples.against("bad", "good") == samples.against("absent", "good") == (None, None, None)
 
 
 def test_rounds_stop_when_told():
@@ -108,8 +109,8 @@ def test_the_budget_decides_how_many_rounds():
 
 
 def test_a_ratio_is_the_median_of_rounds_that_have_both():
-    assert speedup([2.0, 4.0, None, 9.0], [1.0, 1.0, 1.0, 3.0]) == 3.0
-    assert speedup([None], [1.0]) is None
+    assert speedup([2.0, 4.0, None, 9.0], [1.0, 1.0, 1.0, 3.0]) == (3.0, 2.0, 4.0)
+    assert speedup([None], [1.0]) == (None, None, None)
 
 
 def test_the_interval_of_a_median_holds_it_in_95_of_100_samples():
@@ -125,24 +126,24 @@ def test_the_interval_of_a_median_holds_it_in_95_of_100_samples():
 
 def test_percentiles():
     assert [percentile([4, 1, 3, 2, 5], p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
+    assert percentile([None, 2.0, 3.0, None], 50) == 2.5
 
 
 @pytest.mark.parametrize(
     "points, expected",
     [
-        ([(64, 0.5), (128, 2.0)], Crossover(64 * 2**0.5, "within")),
-        ([(64, 2.0), (128, 0.5), (256, 2.0)], Crossover(128 * 2**0.5, "within")),
-        ([(64, 0.5), (128, 0.9)], Crossover(None, "never")),
-        ([(64, 1.5), (128, 0.9)], Crossover(None, "never")),
-        ([(64, 1.0), (128, 1.9)], Crossover(None, "always")),
-        ([(64, None)], Crossover(None, "unknown")),
-        ([(64, 0.25), (128, None), (256, 4.0)], Crossover(128, "within")),
+        ([(64, 0.5), (128, 2.0)], ("within", 64 * 2**0.5)),
+        ([(64, 2.0), (128, 0.5), (256, 2.0)], ("within", 128 * 2**0.5)),
+        ([(64, 0.5), (128, 0.9)], ("never", None)),
+        ([(64, 1.5), (128, 0.9)], ("never", None)),
+        ([(64, 1.0), (128, 1.9)], ("always", None)),
+        ([(64, None)], ("unknown", None)),
+        ([(64, 0.25), (128, None), (256, 4.0)], ("within", 128)),
     ],
 )
 def test_crossover(points, expected):
-    found = crossover(points)
-    assert found.kind == expected.kind
-    assert found.tokens == pytest.approx(expected.tokens)
+    kind, tokens = crossover(points)
+    assert (kind, tokens) == (expected[0], pytest.approx(expected[1]))
 
 
 def test_grids_double():
@@ -203,9 +204,8 @@ def test_one_compiled_graph_serves_all_blocks_of_a_network_and_no_other():
     """Also for the tenth network: what torch.compile keeps for one function is limited to eight."""
     reset()
     counters.clear()
-    backbone = Backbone("test_vit")
     for count, mechanism in enumerate(MECHANISMS, start=1):
-        model = build_model(Case(backbone, mechanism, (64, 96), {}, softmax="math")).eval()
+        model = build_model(Case("test_vit", mechanism=mechanism, image_size=(64, 96), softmax="math"))
         twin, images = compiled(model, backend="eager"), torch.randn(2, 3, 64, 96)
         assert len(twin.blocks) == 6
         with torch.inference_mode():
