@@ -5,7 +5,7 @@ Shapes: B batch, H heads, N tokens, d head dim, D embed dim, M features.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,8 +15,6 @@ from adala.attention import TokenLayout, TokenMixer, mechanism_names
 from adala.attention.softmax import SoftmaxMixer
 from adala.backbones import build_backbone
 from adala.linearize import linearize, linearized_blocks
-
-Protocol = Literal["paper", "best"]
 
 NONE = "none"
 SOFTMAX = "softmax"
@@ -103,10 +101,6 @@ def build_outline(case: Case) -> VisionTransformer:
 def num_tokens(model: VisionTransformer, image_size: tuple[int, int]) -> int:
     patches = [size // patch for size, patch in zip(image_size, model.patch_embed.patch_size, strict=True)]
     return patches[0] * patches[1] + model.num_prefix_tokens
-
-
-def mechanism_options(mechanism: str, protocol: Protocol) -> dict[str, Any]:
-    return dict(PAPER_OPTIONS.get(mechanism, {})) if protocol == "paper" else {}
 
 
 def known_mechanisms() -> list[str]:

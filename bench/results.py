@@ -6,7 +6,7 @@ A number that was not measured is None.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,3 +160,24 @@ def row_of(results: Results, mechanism: str, res: int) -> Row | None:
 def mechanisms_of(results: Results) -> list[str]:
     """Linear mechanisms with a row, in the rows' order: neither softmax nor the ceiling."""
     return list(dict.fromkeys(row.mechanism for row in results.rows if row.mechanism not in ("softmax", "none")))
+
+
+def crossover(points: Sequence[tuple[int, float | None]]) -> tuple[str, float | None]:
+    """Where the ratio to softmax reaches 1 for good.
+
+    Args:
+        points: Tokens and how many times faster than softmax, None where that could not be measured.
+
+    Returns:
+        ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements; and for
+        ``within`` the tokens, interpolated on log scales between the counts measured.
+    """
+    known = sorted((tokens, ratio) for tokens, ratio in points if ratio is not None and ratio > 0)
+    slower = [index for index, (_, ratio) in enumerate(known) if ratio < 1]
+    if not known or not slower:
+        return ("always" if known else "unknown"), None
+    if slower[-1] == len(known) - 1:
+        return "never", None
+    (tokens, ratio), (next_tokens, next_ratio) = known[slower[-1]], known[slower[-1] + 1]
+    share = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
+    return "within", math.exp(math.log(tokens) + share * math.log(next_tokens / tokens))

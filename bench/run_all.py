@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocator import keep_freed_memory, use_huge_pages
-from cases import DTYPES, MECHANISMS, NONE, OUT_OF_MEMORY, UNFUSED, Case, mechanism_options
+from cases import DTYPES, MECHANISMS, NONE, OUT_OF_MEMORY, PAPER_OPTIONS, Case
 from cost import measure_cost
 from measure import measure_costs, measure_memories, say, time_size, train_size
 from report import write_report
 from results import AccuracyRow, Results, Row, read_results
-from settings import Settings, build_settings
+from settings import Settings, build_settings, conditions, load_average
 from sweep import run_sweep
-from timing import SDPA_BACKENDS, describe_machine, load_average, switch_off_tf32
+from timing import SDPA_BACKENDS, switch_off_tf32
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
     switch_off_tf32()
-    results = Results(conditions(settings, options), notes=settings.notes)
+    results = Results(conditions(settings), notes=settings.notes)
 
     def save() -> None:
         write_report(options.out, results if earlier is None else merged(earlier, results))
 
     if sizes:
-        measure_rows(settings, options, results, sizes, started, save)
+        measure_rows(settings, results, sizes, started, save)
     if options.sweep:
         most = options.sweep_max_tokens or (16384 if settings.device.type == "cuda" else 4096)
         results.sweep, results.crossover = run_sweep(settings, most, options.sweep_budget_s)
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     save()
     if options.accuracy:
         try:
-            add_accuracy(settings, options, results, save)
+            add_accuracy(settings, results, save)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -107,27 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(results)
 
 
-def conditions(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers are measured under: ``machine`` of the schema. On a CPU the allocator is set here."""
-    on_cpu = settings.device.type == "cpu"
-    return describe_machine(settings.device) | {
-        "backbone": settings.network.backbone,
-        "model_args": settings.network.model_args,
-        "patch_size": list(settings.patch_size),
-        "num_prefix_tokens": settings.outline.num_prefix_tokens,
-        "protocol": settings.protocol,
-        "dtype": settings.network.dtype,
-        "batch": settings.network.batch,
-        "tf32": False,
-        "compile": settings.compile,
-        "softmax": "fused" if settings.protocol == "best" else UNFUSED,
-        "time_budget_s": options.time_budget_s,
-        "freed_memory_kept": on_cpu and keep_freed_memory(),
-        "huge_pages": on_cpu and use_huge_pages(),
-    }
-
-
-def add_accuracy(settings: Settings, options: argparse.Namespace, results: Results, save: Callable[[], None]) -> None:
+def add_accuracy(settings: Settings, results: Results, save: Callable[[], None]) -> None:
     """Adapts every mechanism and scores it; the report is written after each.
 
     Raises:
@@ -140,6 +119,7 @@ def add_accuracy(settings: Settings, options: argparse.Namespace, results: Resul
         results.accuracy = rows
         save()
 
+    options = settings.options
     results.machine["recipe"] = Path(options.recipe).stem
     mechanisms = [name for name in settings.mechanisms if name != NONE]
     folder = options.out / "accuracy"
@@ -148,7 +128,6 @@ def add_accuracy(settings: Settings, options: argparse.Namespace, results: Resul
 
 def measure_rows(
     settings: Settings,
-    options: argparse.Namespace,
     results: Results,
     sizes: Sequence[tuple[int, int]],
     started: float,
@@ -157,13 +136,12 @@ def measure_rows(
     """All rows of all resolutions, within the time budget but for the least number of rounds; saved after each."""
     by_size = {}
     for size in sizes:
-        by_size[size] = {
-            name: Row(name, size[0], batch=case.batch, dtype=case.dtype, options=case.options)
-            for name, case in settings.cases(size).items()
-        }
-        results.rows += by_size[size].values()
+        cases = [settings.case(name, size) for name in settings.mechanisms]
+        new = [Row(c.mechanism, size[0], batch=c.batch, dtype=c.dtype, options=dict(c.options)) for c in cases]
+        by_size[size] = {row.mechanism: row for row in new}
+        results.rows += new
         measure_costs(settings, by_size[size], size)
-    if not options.no_memory:
+    if not settings.options.no_memory:
         for size in sizes:
             say(f"memory at {size[0]} px, one process a case")
             measure_memories(settings, by_size[size], size)
@@ -172,12 +150,12 @@ def measure_rows(
         say(f"times at {size[0]} px, {next(iter(rows.values())).tokens} tokens")
         macs = [sum(row.gmacs or 0 for row in by_size[each].values()) for each in sizes[index:]]
         later = [each / (macs[0] or 1.0) for each in macs[1:]]
-        time_size(settings, rows, size, started + options.time_budget_s, later)
+        time_size(settings, rows, size, started + settings.options.time_budget_s, later)
         save()
-    if options.train:
+    if settings.options.train:
         for size in sizes:
             say(f"training at {size[0]} px")
-            train_size(settings, by_size[size], size, options.time_budget_s / len(sizes))
+            train_size(settings, by_size[size], size, settings.options.time_budget_s / len(sizes))
 
 
 def paper_table() -> list[dict[str, Any]]:
@@ -185,7 +163,7 @@ def paper_table() -> list[dict[str, Any]]:
     table = []
     network = Case("vit_large_patch16_224", {"init_values": 1e-5}, image_size=(512, 512))
     for mechanism in MECHANISMS:
-        cost = measure_cost(replace(network, mechanism=mechanism, options=mechanism_options(mechanism, "paper")))
+        cost = measure_cost(replace(network, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {})))
         table.append({"mechanism": mechanism, "parameters": cost.parameters, "gmacs": cost.macs / 1e9})
     return table
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from pictures import LABELS
-from results import Results, mechanisms_of, resolutions, row_of
-from timing import crossover
+from results import Results, crossover, mechanisms_of, resolutions, row_of
 
 # Within so much of 1 a ratio is called a tie: two runs on an idle machine may differ by 5 %.
 TIE = 0.05

@@ -4,14 +4,24 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import cases
+import timing
 import torch
-from cases import NONE, SOFTMAX, capture_calls, make_images
-from measure import Prepared, fail, prepare, release, say, second_call_s, time_rounds
-from results import CrossoverRow, SweepRow
+from measure import Prepared, fail, prepare, release, say, time_rounds
+from results import CrossoverRow, SweepRow, crossover
 from settings import Settings
-from timing import Runner, Samples, compiled_call, crossover, doubling_grids, forward_runner, percentile
 
 SCOPES = ("operator", "network")
+
+
+def doubling_grids(most_tokens: int, least_tokens: int = 64) -> list[tuple[int, int]]:
+    """Patch grids (rows, columns), each twice the last, square or twice as wide as high."""
+    grids, rows, columns = [], 8, 8
+    while rows * columns <= most_tokens:
+        if rows * columns >= least_tokens:
+            grids.append((rows, columns))
+        rows, columns = (rows, 2 * columns) if rows == columns else (2 * rows, columns)
+    return grids
 
 
 def run_sweep(settings: Settings, most_tokens: int, budget_s: float) -> tuple[list[SweepRow], list[CrossoverRow]]:
@@ -24,49 +34,48 @@ def run_sweep(settings: Settings, most_tokens: int, budget_s: float) -> tuple[li
         say(f"sweep: {image_size[0]} x {image_size[1]} px, {grid[0] * grid[1]} patches")
         prepared = prepare(settings, image_size, settings.mechanisms)
         for scope in SCOPES:
-            if scope == "operator":
-                timed = operator_runners(settings, prepared, image_size)
-            else:
-                timed = {name: (network.runner, network.seconds) for name, network in prepared.networks.items()}
+            runners = prepared.runners if scope == "network" else operator_runners(settings, prepared, image_size)
             # What is left, shared such that each count may take twice as long as the one before.
             share = max(0.0, deadline - time.monotonic()) / (2 ** (len(grids) - index + 1) - 2)
-            samples = time_rounds(settings, timed, share)
+            samples = time_rounds(settings, runners, share)
             tokens = grid[0] * grid[1] + settings.outline.num_prefix_tokens
             rows += sweep_rows(settings, prepared, samples, scope, tokens)
-        del prepared, timed, samples
+        del prepared, runners, samples
         release(settings.device)
     return rows, list(crossover_rows(settings, rows))
 
 
 def operator_runners(
     settings: Settings, prepared: Prepared, image_size: tuple[int, int]
-) -> dict[str, tuple[Runner, float]]:
+) -> dict[str, timing.Runner]:  # fmt: skip
     """The mixing of the first block alone, over q, k, v as strided views of one packed projection.
 
     Compiled where the network is.
     """
-    timed = {}
-    images = make_images(settings.case(NONE, image_size), settings.device)
+    runners = {}
+    images = cases.make_images(settings.case(cases.NONE, image_size), settings.device)
     for name, network in prepared.networks.items():
         pinned = settings.case(name, image_size).pinned_backend
-        call = capture_calls(network.model, forward_runner(partial(network.model, images), pinned))[0]
+        call = cases.capture_calls(network.model, timing.forward_runner(partial(network.model, images), pinned))[0]
         packed = torch.stack([x.transpose(1, 2) for x in (call.q, call.k, call.v)], dim=2)  # (B, N, 3, H, d)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        mix = partial(compiled_call(), call.mixer) if network.is_compiled else call.mixer
-        runner = forward_runner(partial(mix, q, k, v, call.layout), pinned)
-        timed[name] = runner, second_call_s(settings, runner)
-    return timed
+        mix = partial(timing.compiled_call(), call.mixer) if network.is_compiled else call.mixer
+        runner = timing.forward_runner(partial(mix, q, k, v, call.layout), pinned)
+        runners[name] = timing.warmed(runner, timing.measure_for(settings.device))
+    return runners
 
 
-def sweep_rows(settings: Settings, prepared: Prepared, samples: Samples, scope: str, tokens: int) -> Iterator[SweepRow]:
+def sweep_rows(
+    settings: Settings, prepared: Prepared, samples: timing.Samples, scope: str, tokens: int
+) -> Iterator[SweepRow]:
     errors = prepared.errors | samples.errors
     for mechanism in settings.mechanisms:
         row = SweepRow(mechanism, scope, tokens)
         if mechanism in errors:
             fail(row, errors[mechanism])
         else:
-            row.latency_ms_p50 = 1000 * percentile(samples.seconds[mechanism], 50)
-            row.ratio_vs_softmax, _, _ = samples.against(SOFTMAX, mechanism)
+            row.latency_ms_p50 = 1000 * timing.percentile(samples.seconds[mechanism], 50)
+            row.ratio_vs_softmax, _, _ = samples.against(cases.SOFTMAX, mechanism)
         yield row
 
 
@@ -74,6 +83,6 @@ def crossover_rows(settings: Settings, rows: Sequence[SweepRow]) -> Iterator[Cro
     for mechanism in settings.mechanisms:
         for scope in SCOPES:
             own = [row for row in rows if (row.mechanism, row.scope) == (mechanism, scope)]
-            if mechanism != SOFTMAX and own:
+            if mechanism != cases.SOFTMAX and own:
                 kind, tokens = crossover([(row.tokens, row.ratio_vs_softmax) for row in own])
                 yield CrossoverRow(mechanism, scope, kind, tokens, own[0].tokens, own[-1].tokens)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import run_all
 import torch
-from cases import MECHANISMS, PAPER_OPTIONS, UNFUSED, Case, build_model, mechanism_options
+from cases import MECHANISMS, PAPER_OPTIONS, UNFUSED, Case, build_model
 from cost import measure_cost
 from results import read_results
 from torch import nn
@@ -147,7 +147,7 @@ def test_the_counter_agrees_with_formula_and_brute_force(mechanism, options):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_the_counter_agrees_with_the_formula_in_the_papers_network(mechanism):
-    case = replace(LARGE, mechanism=mechanism, options=mechanism_options(mechanism, "paper"))
+    case = replace(LARGE, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {}))
     with torch.device("meta"):
         expected = formula(case, build_model(case))
     assert measure_cost(case).macs == pytest.approx(expected, rel=0.01)
@@ -165,8 +165,7 @@ def test_a_mixer_that_does_more_than_its_formula_is_counted(monkeypatch):
 
 def test_the_papers_network_at_512_px():
     costs = {
-        m: measure_cost(replace(LARGE, mechanism=m, options=mechanism_options(m, "paper")))
-        for m in ("softmax", "linear")
+        m: measure_cost(replace(LARGE, mechanism=m, options=PAPER_OPTIONS.get(m, {}))) for m in ("softmax", "linear")
     }
     assert costs["softmax"].tokens == 1025
     assert costs["softmax"].parameters == costs["linear"].parameters == 304_198_656
@@ -194,7 +193,7 @@ def test_the_published_table_of_the_papers_network():
     ],
 )
 def test_the_papers_additional_parameters(mechanism, added):
-    cost = measure_cost(replace(LARGE, mechanism=mechanism, options=mechanism_options(mechanism, "paper")))
+    cost = measure_cost(replace(LARGE, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {})))
     assert cost.parameters == 304_198_656 + added
 
 
