@@ -230,27 +230,24 @@ def check_call(call: MixerCall) -> Gate:
     The last image of the batch; its first head, and the last one too where N is below 2048. Where rows are independent
     and N exceeds :data:`GATE_ROWS`, so many rows, the first and the last among them.
     """
-    num_heads, num_tokens = call.q.shape[1:3]
-    all_rows = torch.arange(num_tokens)
-    rows = _sampled_rows(num_tokens) if call.mixer.rows_are_independent else all_rows
-    at_a_time = max(1, REFERENCE_ENTRIES // (num_tokens * call.mixer.reference_width))
-    parts = rows.split(at_a_time) if call.mixer.rows_are_independent else [all_rows]
-    squared_error, squared_reference, worst = 0.0, 0.0, []
-    for head in {0} if num_tokens >= 2048 else {0, num_heads - 1}:
-        heads = slice(head, head + 1)
-        q, k, v, out = (x[-1:, heads].cpu().double() for x in (call.q, call.k, call.v, call.out))
-        expected = torch.cat(
-            [call.mixer.reference(q[..., part, :], k, v, call.layout, heads) for part in parts], dim=-2
-        )  # fmt: skip
-        difference = (out[..., rows, :] - expected).square().sum(-1)
-        squared_error += float(difference.sum())
-        squared_reference += float(expected.square().sum())
-        worst.append(float((difference / expected.square().sum(-1).mean()).max().sqrt()))
-    error = (squared_error / squared_reference) ** 0.5 if squared_reference else squared_error
+    mixer, (num_heads, num_tokens) = call.mixer, call.q.shape[1:3]
+    heads = slice(0, 1) if num_tokens >= 2048 else slice(0, None, max(1, num_heads - 1))
+    q, k, v, out = (x[-1:, heads].cpu().double() for x in (call.q, call.k, call.v, call.out))
+    if mixer.rows_are_independent:
+        rows = _sampled_rows(num_tokens)
+        out = out[:, :, rows]
+        at_a_time = max(1, REFERENCE_ENTRIES // (q.shape[1] * num_tokens * mixer.reference_width))
+        parts = [mixer.reference(q[:, :, part], k, v, call.layout, heads) for part in rows.split(at_a_time)]
+        expected = torch.cat(parts, dim=-2)
+    else:
+        expected = mixer.reference(q, k, v, call.layout, heads)
+    difference, scale = (out - expected).square().sum(-1), expected.square().sum(-1)  # (1, heads, rows)
+    error = float((difference.sum() / scale.sum()).sqrt())
+    worst_row = float((difference / scale.mean(-1, keepdim=True)).max().sqrt())
     tolerance = GATE_TOLERANCE[call.v.dtype]
     # Written so that NaN is red.
-    green = error <= tolerance and all(row <= WORST_ROW_FACTOR * tolerance for row in worst)
-    return Gate(green, error, max(worst), tolerance)
+    green = error <= tolerance and worst_row <= WORST_ROW_FACTOR * tolerance
+    return Gate(green, error, worst_row, tolerance)
 
 
 def _sampled_rows(num_tokens: int) -> Tensor:

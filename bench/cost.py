@@ -12,13 +12,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from cases import OUT_OF_MEMORY, UNFUSED, Case, CaseFailed, build_model, failure, make_images, num_tokens
+from cases import OUT_OF_MEMORY, Case, CaseFailed, build_model, failure, make_images, num_tokens
 from timing import nvml, pinned_sdpa, switch_off_tf32
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,30 +47,14 @@ class Cost:
 def measure_cost(case: Case) -> Cost:
     """As PyTorch's counter sees the operations that are really called, with no memory and no data behind them.
 
-    Softmax attention is counted as three operations, which the counter knows on every device.
+    The fused kernels of softmax attention are taken apart, since not every version counts each of them.
     """
     with torch.device("meta"):
-        model, image = build_model(replace(case, softmax=UNFUSED)), torch.empty(1, 3, *case.image_size)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_fused_softmax_flops()) as counter:
+        model, image = build_model(case), torch.empty(1, 3, *case.image_size)
+    with torch.no_grad(), pinned_sdpa("math"), FlopCounterMode(display=False) as counter:
         model(image)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(num_tokens(model, case.image_size), parameters, counter.get_total_flops() // 2)
-
-
-def _fused_softmax_flops() -> dict[Any, Callable[..., int]]:
-    """The counter's formula for PyTorch's fused attention on a CPU, which some versions count as nothing.
-
-    Softmax itself is counted unfused; Nystromformer calls the fused kernel where N does not exceed its landmarks.
-    """
-    operation = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if operation is None:
-        return {}
-
-    def flops(query: tuple, key: tuple, value: tuple, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        batch, heads, queries, head_dim = query
-        return 2 * batch * heads * queries * key[-2] * (head_dim + value[-1])
-
-    return {operation: flops}
 
 
 @dataclass(frozen=True)

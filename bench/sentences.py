@@ -50,12 +50,12 @@ def interpolated(results: Results) -> dict[str, tuple[str, float | None]]:
 
 def verdict(results: Results) -> str:
     """One sentence about vanilla linear attention, or about the first mechanism where it was not measured."""
-    timed = {row.mechanism: row for row in results.rows if row.ratio_vs_softmax}
-    timed = [mechanism for mechanism in mechanisms_of(results) if mechanism in timed]
+    compared = {row.mechanism for row in results.rows if row.ratio_vs_softmax}
+    timed = [mechanism for mechanism in mechanisms_of(results) if mechanism in compared]
     if not timed:
         return "No linear mechanism was compared with softmax in this run."
     mechanism = "linear" if "linear" in timed else timed[0]
-    kind, tokens = (interpolated(results) | swept(results))[mechanism]
+    kind, tokens = (interpolated(results) | swept(results)).get(mechanism, ("unknown", None))
     best = max(row.ratio_vs_softmax or 0 for row in results.rows if row.mechanism == mechanism)
     said = {
         "within": f"In speed yes, {crossing(results, kind, tokens)} on; below that softmax is the faster one",
@@ -68,7 +68,7 @@ def verdict(results: Results) -> str:
 
 def answer(results: Results) -> list[str]:
     """Is it worth it, from which size on, and at what loss: in plain sentences."""
-    sentences = [_noise(results)] + [_worth(results, res) for res in resolutions(results)]
+    sentences = [_noise(results), *(_worth(results, res) for res in resolutions(results))]
     sentences += [_from_which_size(results), _memory_answer(results), _loss(results)]
     failed = [row for row in results.rows if row.error is not None]
     if failed:
