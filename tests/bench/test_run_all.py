@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run_all
 import torch
 from results import AccuracyRow, Results, Row, read_results
 
+from adala.attention import TokenMixer, registry
 from adala.attention.linear import LinearMixer
 from baselines.performer import PerformerMixer
 
@@ -101,6 +103,34 @@ def test_an_exception_is_a_row_with_its_message_and_exit_code_1(bench, monkeypat
     assert rows["performer"].error == "ZeroDivisionError: division by zero"
     assert rows["performer"].error_kind == "exception" and rows["performer"].gate == "not run"
     assert rows["softmax"].throughput_img_s > 0
+
+
+class HalvedMixer(LinearMixer):
+    """Another package's mechanism: half of vanilla linear attention, and a reference that says so."""
+
+    def forward(self, q, k, v, layout):
+        return 0.5 * super().forward(q, k, v, layout)
+
+    def reference(self, q, k, v, layout, heads=slice(None)):
+        return 0.5 * super().reference(q, k, v, layout, heads)
+
+
+class UncheckableMixer(LinearMixer):
+    """Another package's mechanism without a reference."""
+
+    reference = TokenMixer.reference
+
+
+def test_a_mechanism_of_another_package_is_gated_by_its_own_reference(bench, monkeypatch):
+    offered = {"halved": "HalvedMixer", "uncheckable": "UncheckableMixer"}
+    known = registry._targets() | {name: f"{__name__}:{attribute}" for name, attribute in offered.items()}
+    monkeypatch.setattr(registry, "_targets", lambda: known)
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(**globals()))
+    code, rows = bench("--mechanisms", "none", "halved", "softmax", "uncheckable")
+    assert list(rows) == ["softmax", "halved", "uncheckable", "none"]
+    assert rows["halved"].gate == "green" and rows["halved"].ratio_vs_softmax > 0 and rows["halved"].gmacs > 0
+    assert code == 1 and rows["uncheckable"].error_kind == "exception"
+    assert "UncheckableMixer has no reference" in rows["uncheckable"].error
 
 
 def test_training_speed_and_sweep(bench, tmp_path):
