@@ -4,7 +4,6 @@ MACs are multiply-accumulates of matrix products and convolutions alone; exponen
 products are not counted. A GFLOP of the usual count is half a GMAC.
 """
 
-import argparse
 import ctypes
 import gc
 import json
@@ -12,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,30 +55,16 @@ def measure_cost(case: Case) -> Cost:
     return Cost(num_tokens(model, case.image_size), parameters, counter.get_total_flops() // 2)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory of one case, measured in a process of its own, in MiB of 2^20 bytes.
-
-    Attributes:
-        peak_mem_mib: Highest during a forward pass, above what the process held before the network was built.
-        weights_mib: Parameters and buffers, by their bytes.
-        activations_mib: Highest during a forward pass, above what rests between two of them.
-        process_mib: Of the whole process: by NVML on a GPU, its resident set's highest on a CPU.
-    """
-
-    peak_mem_mib: float
-    weights_mib: float
-    activations_mib: float
-    process_mib: float | None
-
-
-def measure_memory_apart(case: Case, device: torch.device, timeout_s: float = 1800) -> Memory:
+def measure_memory_apart(case: Case, device: torch.device, timeout_s: float = 1800) -> dict[str, float | None]:
     """Measures in a process of its own: what one case leaves behind would count for the next.
+
+    Returns:
+        The fields of a row in MiB: ``peak_mem_mib``, ``weights_mib``, ``activations_mib``, ``process_mib``.
 
     Raises:
         CaseFailed: The process failed, for want of memory or for another reason.
     """
-    command = [sys.executable, __file__, json.dumps(asdict(case)), "--device", device.type]
+    command = [sys.executable, __file__, json.dumps(asdict(case)), device.type]
     # Freed blocks go back to the system at once: else glibc keeps them, and later peaks hide in what it kept.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     try:
@@ -88,39 +72,35 @@ def measure_memory_apart(case: Case, device: torch.device, timeout_s: float = 18
     except subprocess.TimeoutExpired as error:
         raise CaseFailed(f"the memory case took more than {timeout_s:.0f} s", "exception") from error
     if done.returncode == 0:
-        return Memory(**json.loads(done.stdout.splitlines()[-1]))
+        return json.loads(done.stdout.splitlines()[-1])
     if done.returncode == -signal.SIGKILL:
         raise CaseFailed("the memory case was killed, as the system does when memory runs out", OUT_OF_MEMORY)
     said = done.stderr.strip().splitlines() or [f"the memory case ended with code {done.returncode}"]
     raise CaseFailed(said[-1], OUT_OF_MEMORY if done.returncode == OUT_OF_MEMORY_CODE else "exception")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(case_json: str, device_type: str) -> int:
     """The process of one memory case, started by :func:`measure_memory_apart`: prints a line of JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("case", help="the case as JSON")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device, stored = torch.device(device_type), json.loads(case_json)
+    case = Case(**stored | {"image_size": tuple(stored["image_size"])})
     switch_off_tf32()
     try:
-        stored = json.loads(options.case)
-        case = Case(**stored | {"image_size": tuple(stored["image_size"])})
         with torch.inference_mode(), pinned_sdpa(case.pinned_backend):
             measured = _measure_cuda(case, device) if device.type == "cuda" else _measure_cpu(case)
     except Exception as error:
         sentence, kind = failure(error)
         print(sentence, file=sys.stderr, flush=True)
         return OUT_OF_MEMORY_CODE if kind == OUT_OF_MEMORY else 1
-    print(json.dumps(asdict(measured)), flush=True)
+    print(json.dumps(measured), flush=True)
     return 0
 
 
-def _weights_mib(model: nn.Module) -> float:
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / MIB
+def _memory(model: nn.Module, peak: float, activations: float, process: float | None) -> dict[str, float | None]:
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / MIB
+    return {"peak_mem_mib": peak, "weights_mib": weights, "activations_mib": activations, "process_mib": process}
 
 
-def _measure_cuda(case: Case, device: torch.device) -> Memory:
+def _measure_cuda(case: Case, device: torch.device) -> dict[str, float | None]:
     model = build_model(case).to(device, case.torch_dtype)
     images = make_images(case, device)
     gc.collect()
@@ -137,10 +117,10 @@ def _measure_cuda(case: Case, device: torch.device) -> Memory:
     peak = torch.cuda.max_memory_allocated(device) / MIB
     processes = nvml(device, "nvmlDeviceGetComputeRunningProcesses") or []
     own = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
-    return Memory(peak, _weights_mib(model), peak - resting, None if own is None else own / MIB)
+    return _memory(model, peak, peak - resting, None if own is None else own / MIB)
 
 
-def _measure_cpu(case: Case) -> Memory:
+def _measure_cpu(case: Case) -> dict[str, float | None]:
     # The libraries' code is paged in by a network of no size, so that it is not taken for memory of the case.
     small = Case("test_vit", image_size=(32, 32), dtype=case.dtype, softmax=case.softmax)
     build_model(small).to(case.torch_dtype)(make_images(small, torch.device("cpu")))
@@ -158,7 +138,7 @@ def _measure_cpu(case: Case) -> Memory:
         pass
     model(images)
     peak = _resident_mib("VmHWM:")
-    return Memory(peak - baseline, _weights_mib(model), max(0.0, peak - resting), peak)
+    return _memory(model, peak - baseline, max(0.0, peak - resting), peak)
 
 
 def _give_back_freed() -> None:
@@ -179,4 +159,4 @@ def _resident_mib(key: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import cases
 import cost
@@ -166,7 +166,7 @@ def measure_memories(settings: Settings, rows: dict[str, Row], image_size: Image
             except cases.CaseFailed as error:
                 fail(row, error)
                 continue
-            for name, mib in asdict(memory).items():
+            for name, mib in memory.items():
                 setattr(row, name, mib)
 
 

@@ -14,12 +14,11 @@ from settings import Settings
 SCOPES = ("operator", "network")
 
 
-def doubling_grids(most_tokens: int, least_tokens: int = 64) -> list[tuple[int, int]]:
-    """Patch grids (rows, columns), each twice the last, square or twice as wide as high."""
+def doubling_grids(most_tokens: int) -> list[tuple[int, int]]:
+    """Patch grids (rows, columns) from 8 x 8 on, each twice the last, square or twice as wide as high."""
     grids, rows, columns = [], 8, 8
     while rows * columns <= most_tokens:
-        if rows * columns >= least_tokens:
-            grids.append((rows, columns))
+        grids.append((rows, columns))
         rows, columns = (rows, 2 * columns) if rows == columns else (2 * rows, columns)
     return grids
 

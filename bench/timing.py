@@ -264,10 +264,10 @@ def switch_off_tf32() -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def train_runner(student: VisionTransformer, teacher: VisionTransformer, images: Tensor, lr: float = 1e-5) -> Runner:
+def train_runner(student: VisionTransformer, teacher: VisionTransformer, images: Tensor) -> Runner:
     """One Stage 2 step in plain PyTorch: frozen teacher, student, loss on all tokens, backward, AdamW."""
     stage = FeatureAlignment(student.requires_grad_(True).train(), teacher, "mse").train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
 
     def step() -> None:
         stage({"image": images})["loss"].backward()
