@@ -225,8 +225,8 @@ class CompiledBlock(nn.Module):
         super().__init__()
         self.block, self.call = block, call
 
-    def forward(self, *inputs: Any, **arguments: Any) -> Tensor:
-        return self.call(self.block, *inputs, **arguments)
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        return self.call(self.block, x, **arguments)
 
 
 def compiled_call(backend: str = "inductor") -> Callable[..., Any]:
