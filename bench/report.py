@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 from pictures import pictures
 from results import Results, read_results, write_results
-from sentences import DEFINITIONS, answer, conditions, lead, verdict
+from sentences import DEFINITIONS, answer, conditions, verdict
 from tables import sections
 
 
@@ -51,8 +51,8 @@ def markdown(results: Results) -> str:
 
 def page(results: Results) -> str:
     """The report as one page that needs nothing from elsewhere."""
-    drawn = {"lead": lead(results), "pictures": pictures(results)}
-    return TEMPLATES.get_template("report.html.jinja").render(_words(results) | drawn)
+    shown = {"machine": results.machine, "pictures": pictures(results)}
+    return TEMPLATES.get_template("report.html.jinja").render(_words(results) | shown)
 
 
 def write_report(folder: Path, results: Results) -> None:

@@ -188,13 +188,6 @@ def _loss(results: Results) -> str:
     )
 
 
-def lead(results: Results) -> str:
-    """What was measured on what, in a line."""
-    m = results.machine
-    network = f"{m.get('backbone')} on {m.get('device')}, {m.get('dtype')}, batch {m.get('batch')}"
-    return f"{network}, protocol {m.get('protocol')}, {m.get('date')}"
-
-
 def conditions(results: Results) -> list[tuple[str, str]]:
     """What the numbers were measured under, as pairs for a reader."""
     m = results.machine

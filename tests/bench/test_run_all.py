@@ -49,7 +49,14 @@ def one_wrong_token(out, q, k, v):
     return out
 
 
+def wrong_last_head(out, q, k, v):
+    out = out.clone()
+    out[:, -1] *= 1.01
+    return out
+
+
 WRONG = {
+    "last head": wrong_last_head,
     "scaled": lambda out, q, k, v: 1.05 * out,
     "one token": one_wrong_token,
     "not a number": lambda out, q, k, v: torch.cat((out[..., :3, :], out[..., 3:, :] * torch.nan), dim=-2),
