@@ -89,6 +89,9 @@ class CosformerMixer(TokenMixer):
             )
             return linear_attention(query_features, key_features, v, den_min=self.options.den_min)
 
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        return cosformer_reference(q, k, v, layout, self.options)
+
 
 def cosformer_reference(
     q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, options: CosformerOptions = CosformerOptions()

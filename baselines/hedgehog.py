@@ -94,6 +94,7 @@ class HedgehogMixer(TokenMixer):
 
     Options = HedgehogOptions
     native_conversion: ClassVar[Conversion] = NATIVE
+    rows_are_independent = True
 
     def __init__(self, shape: AttentionShape, options: HedgehogOptions | None = None):
         super().__init__(shape, options)
@@ -116,6 +117,11 @@ class HedgehogMixer(TokenMixer):
         query_features, key_features = self.feature_maps(q, k)
         with full_precision(v):
             return linear_attention(query_features, key_features, v, den_added=self.options.den_added)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        key_weight = self.query_weight if self.key_weight is None else self.key_weight
+        weights = (weight[heads].to(q) for weight in (self.query_weight, key_weight))
+        return hedgehog_reference(q, k, v, *weights, self.options)
 
 
 def hedgehog_reference(

@@ -88,6 +88,10 @@ class LinformerMixer(TokenMixer):
             weights = (scale * q.to(dtype) @ keys.transpose(-2, -1)).softmax(dim=-1)
             return (weights @ values).to(v.dtype)
 
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        projections = (projection.to(q) for projection in (self.key_projection, self.value_projection))
+        return linformer_reference(q, k, v, *projections, self.options.scale)
+
     @torch.no_grad()
     def resize(self, layout: TokenLayout) -> None:
         """Fits the projections to another patch grid: bilinear, rescaled such that sums over tokens keep their size.

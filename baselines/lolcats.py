@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adala.conversion import Conversion, ConversionStep, LoraSpec
-from baselines.hedgehog import HedgehogMixer, HedgehogOptions, hedgehog_reference
+from baselines.hedgehog import HedgehogMixer, HedgehogOptions
 
 NATIVE = Conversion(
     name="native",
@@ -40,6 +40,3 @@ class LolcatsMixer(HedgehogMixer):
 
     Options = LolcatsOptions
     native_conversion: ClassVar[Conversion] = NATIVE
-
-
-lolcats_reference = hedgehog_reference

@@ -74,6 +74,9 @@ class MonarchMixer(TokenMixer):
             out = (left @ block_outputs).transpose(-3, -2).flatten(-3, -2)
             return out[..., padding[0] : padding[0] + num_tokens, :].to(v.dtype)
 
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        return monarch_reference(q, k, v, self.options.block_size or layout.grid_size[1], self.options)
+
 
 def _padding(num_tokens: int, block_size: int, side: str) -> tuple[int, int]:
     missing = -num_tokens % block_size
@@ -144,7 +147,7 @@ def monarch_reference(
     num_tokens, scale = q.shape[-2], q.shape[-1] ** -0.5
     padding = _padding(num_tokens, block_size, options.padding_side)
     queries, keys, values = (F.pad(x, (0, 0, *padding)).unflatten(-2, (-1, block_size)) for x in (q, k, v))
-    real = F.pad(torch.ones(num_tokens, dtype=torch.bool), padding).unflatten(0, (-1, block_size))
+    real = F.pad(torch.ones(num_tokens, dtype=torch.bool, device=q.device), padding).unflatten(0, (-1, block_size))
     eps = 0.0 if options.eps is None else options.eps
     asked, mass = queries, torch.ones_like(queries[..., 0])
     for step in range(options.num_steps):

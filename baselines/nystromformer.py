@@ -118,6 +118,10 @@ class NystromformerMixer(TokenMixer):
                 out = out + F.conv2d(v.to(dtype), self.conv_weight.to(dtype), padding=padding, groups=v.shape[1])
             return out.to(v.dtype)
 
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        conv_weight = None if self.conv_weight is None else self.conv_weight[heads].to(q)
+        return nystromformer_reference(q, k, v, self.options, conv_weight)
+
 
 def nystrom_kernels(q: Tensor, k: Tensor, num_landmarks: int) -> tuple[Tensor, Tensor, Tensor]:
     """The three softmax kernels: queries by landmarks (N x M), landmarks (M x M), landmarks by keys (M x N)."""
@@ -140,19 +144,21 @@ def nystromformer_reference(
 ) -> Tensor:
     """Nystromformer's output by way of its N x N matrix of weights, the convolution a band in it.
 
-    Needs more tokens than landmarks. (B, H, N, d) in and out.
+    The matrix is softmax's where there are no more tokens than landmarks. (B, H, N, d) in and out.
     """
-    num_tokens = q.shape[-2]
-    averages = _segment_averages(num_tokens, options.num_landmarks).to(q)
-    scale = q.shape[-1] ** -0.5
-    by_landmarks = (scale * q @ (averages @ k).transpose(-2, -1)).softmax(-1)
-    between_landmarks = (scale * (averages @ q) @ (averages @ k).transpose(-2, -1)).softmax(-1)
-    by_keys = (scale * (averages @ q) @ k.transpose(-2, -1)).softmax(-1)
-    inverse = iterative_pinv(between_landmarks, options.pinv_iterations, options.pinv_init)
-    weights = by_landmarks @ inverse @ by_keys
+    num_tokens, scale = q.shape[-2], q.shape[-1] ** -0.5
+    if num_tokens <= options.num_landmarks:
+        weights = (scale * q @ k.transpose(-2, -1)).softmax(-1)
+    else:
+        averages = _segment_averages(num_tokens, options.num_landmarks).to(q)
+        by_landmarks = (scale * q @ (averages @ k).transpose(-2, -1)).softmax(-1)
+        between_landmarks = (scale * (averages @ q) @ (averages @ k).transpose(-2, -1)).softmax(-1)
+        by_keys = (scale * (averages @ q) @ k.transpose(-2, -1)).softmax(-1)
+        inverse = iterative_pinv(between_landmarks, options.pinv_iterations, options.pinv_init)
+        weights = by_landmarks @ inverse @ by_keys
     if conv_weight is not None:
         kernel = conv_weight.shape[2]
-        position = torch.arange(num_tokens)
+        position = torch.arange(num_tokens, device=q.device)
         offset = position[None, :] - position[:, None] + kernel // 2
         inside = (offset >= 0) & (offset < kernel)
         weights = weights + conv_weight[:, 0, :, 0][:, offset.clamp(0, kernel - 1)] * inside.to(weights)

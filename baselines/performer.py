@@ -123,6 +123,7 @@ class PerformerMixer(TokenMixer):
 
     Options = PerformerOptions
     native_conversion: ClassVar[Conversion] = NATIVE
+    rows_are_independent = True
 
     def __init__(self, shape: AttentionShape, options: PerformerOptions | None = None):
         super().__init__(shape, options)
@@ -145,6 +146,13 @@ class PerformerMixer(TokenMixer):
             if self.options.mode == "max":
                 return max_features(q, k, self.projection, self.options.feature_eps)
             return relu_features(q, k, self.projection, self.options.kernel_eps)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        return performer_reference(q, k, v, self.projection.to(q), self.options)
+
+    @property
+    def reference_width(self) -> int:
+        return self.options.num_features
 
     def _draw(self, seed: int) -> Tensor:
         generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -1,46 +1,27 @@
-"""What the bench measures: backbones, mechanisms with their options, their references, and the gate before the clock.
+"""What the bench measures: backbones, mechanisms with their options, and the gate before the clock.
 
 Shapes: B batch, H heads, N tokens, d head dim, D embed dim, M features.
 """
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adala.attention import TokenLayout, TokenMixer, resolve_mechanism
-from adala.attention.linear import elu_attention_reference
-from adala.attention.softmax import softmax_attention_reference
+from adala.attention import TokenLayout, TokenMixer, mechanism_names
+from adala.attention.softmax import SoftmaxMixer
 from adala.backbones import build_backbone
 from adala.students import linearize, linearized_blocks
-from baselines.cosformer import cosformer_reference
-from baselines.hedgehog import hedgehog_reference
-from baselines.linformer import linformer_reference
-from baselines.monarch import monarch_reference
-from baselines.nystromformer import nystromformer_reference
-from baselines.performer import performer_reference
-
-Protocol = Literal["paper", "best"]
 
 NONE = "none"
 SOFTMAX = "softmax"
 UNFUSED = "unfused"
-MECHANISMS = (
-    SOFTMAX,
-    "linear",
-    "hedgehog",
-    "lolcats",
-    "linformer",
-    "performer",
-    "cosformer",
-    "nystromformer",
-    "monarch",
-    NONE,
-)
+OUT_OF_MEMORY = "out of memory"
+LINEAR_MECHANISMS = ("linear", "hedgehog", "lolcats", "linformer", "performer", "cosformer", "nystromformer", "monarch")
+MECHANISMS = (SOFTMAX, *LINEAR_MECHANISMS, NONE)
 # What the paper's table was measured with; every other option is the mechanism's default.
 PAPER_OPTIONS: dict[str, dict[str, Any]] = {
     "linformer": {"num_landmarks": 32},
@@ -64,48 +45,12 @@ REFERENCE_ENTRIES = 2**24
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """A timm ViT without a head.
-
-    Attributes:
-        name: timm model name.
-        model_args: Further arguments of timm's constructor.
-    """
-
-    name: str
-    model_args: dict[str, Any] = field(default_factory=dict)
-
-    def build(self, image_size: tuple[int, int]) -> VisionTransformer:
-        return build_backbone(self.name, image_size, self.model_args)
-
-    def build_outline(self) -> VisionTransformer:
-        """The network without memory for its weights, at some size that its patch divides, to read dimensions from.
-
-        Raises:
-            ValueError: timm knows no such network, or it is not a plain ViT.
-        """
-        with torch.device("meta"):
-            for side in OUTLINE_SIDES[:-1]:
-                try:
-                    return self.build((side, side))
-                except ValueError as error:
-                    if "patch size" not in str(error):
-                        raise
-            return self.build(OUTLINE_SIDES[-1:] * 2)
-
-
-def default_backbone(device: torch.device) -> Backbone:
-    """DINOv2-style (LayerScale, no head): ViT-L/16 on a GPU, ViT-S/16 on a CPU."""
-    name = "vit_large_patch16_224" if device.type == "cuda" else "vit_small_patch16_224"
-    return Backbone(name, {"init_values": 1e-5})
-
-
-@dataclass(frozen=True)
 class Case:
     """One mechanism in one backbone on images of one size.
 
     Attributes:
-        backbone: The network around it.
+        backbone: timm name of the ViT around it, which is built without a head.
+        model_args: Further arguments of timm's constructor.
         mechanism: A mechanism's name, or ``none``: values are passed through, the ceiling for all others.
         image_size: Height and width in pixels.
         options: Options of the mechanism by field name.
@@ -115,10 +60,11 @@ class Case:
             an N x N matrix.
     """
 
-    backbone: Backbone
-    mechanism: str
-    image_size: tuple[int, int]
-    options: dict[str, Any]
+    backbone: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    mechanism: str = SOFTMAX
+    image_size: tuple[int, int] = (224, 224)
+    options: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
     dtype: str = "float32"
     softmax: str | None = None
@@ -132,41 +78,34 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Case":
-        values = json.loads(text)
-        backbone = Backbone(**values.pop("backbone"))
-        return cls(backbone=backbone, image_size=tuple(values.pop("image_size")), **values)
+    def build_backbone(self) -> VisionTransformer:
+        return build_backbone(self.backbone, self.image_size, self.model_args)
 
 
-def mechanism_options(mechanism: str, protocol: Protocol) -> dict[str, Any]:
-    return dict(PAPER_OPTIONS.get(mechanism, {})) if protocol == "paper" else {}
-
-
-def check_mechanisms(names: list[str]) -> None:
-    """Refuses what the bench has no reference for.
+def build_outline(case: Case) -> VisionTransformer:
+    """The backbone without memory for its weights, at some size that its patch divides, to read dimensions from.
 
     Raises:
-        ValueError: Names the first unknown one; the message lists those there are.
+        ValueError: timm knows no such network, or it is not a plain ViT.
     """
-    unknown = [name for name in names if name not in MECHANISMS]
-    if unknown:
-        raise ValueError(f"--mechanisms {unknown[0]}: the bench has {', '.join(MECHANISMS)}")
+    for side in OUTLINE_SIDES:
+        try:
+            with torch.device("meta"):
+                return replace(case, image_size=(side, side)).build_backbone()
+        except ValueError as error:
+            if "patch size" not in str(error) or side == OUTLINE_SIDES[-1]:
+                raise
+    raise AssertionError("the loop returns or raises")
 
 
-def rounded_size(res: int, patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width that the patch divides, at most ``res``.
+def num_tokens(model: VisionTransformer, image_size: tuple[int, int]) -> int:
+    patches = [size // patch for size, patch in zip(image_size, model.patch_embed.patch_size, strict=True)]
+    return patches[0] * patches[1] + model.num_prefix_tokens
 
-    Raises:
-        ValueError: Not even one patch fits.
-    """
-    size = tuple(res // patch * patch for patch in patch_size)
-    if min(size) < 1:
-        raise ValueError(f"--res {res}: smaller than one patch of {patch_size[0]} x {patch_size[1]}")
-    return size
+
+def known_mechanisms() -> list[str]:
+    """In the order of the rows: the bench's own, and ahead of ``none`` what other packages have registered."""
+    return [*MECHANISMS[:-1], *(name for name in mechanism_names() if name not in MECHANISMS), NONE]
 
 
 class PassThroughMixer(TokenMixer):
@@ -175,8 +114,11 @@ class PassThroughMixer(TokenMixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         return v
 
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        return v
 
-class UnfusedSoftmaxMixer(TokenMixer):
+
+class UnfusedSoftmaxMixer(SoftmaxMixer):
     """softmax(d^-1/2 q k^T) v in three operations with the N x N matrix in memory, in the input's dtype."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
@@ -188,9 +130,9 @@ def build_model(case: Case, backbone: VisionTransformer | None = None) -> Vision
 
     Args:
         case: What to build.
-        backbone: The softmax network to start from; None builds one with random weights, in float32.
+        backbone: The softmax network to start from; None builds one with timm's random weights, in float32.
     """
-    backbone = case.backbone.build(case.image_size) if backbone is None else backbone
+    backbone = case.build_backbone() if backbone is None else backbone
     stand_in = case.mechanism == NONE
     student = linearize(backbone, "linear" if stand_in else case.mechanism, options=case.options)
     replacement = PassThroughMixer if stand_in else None
@@ -202,13 +144,13 @@ def build_model(case: Case, backbone: VisionTransformer | None = None) -> Vision
 
 
 @torch.no_grad()
-def randomize(backbone: VisionTransformer, seed: int = 0) -> None:
+def randomize(backbone: VisionTransformer) -> None:
     """Gives a fresh network weights under which attention does something: times do not depend on it, the gate does.
 
     timm's own initialisation makes scores so small that every map is uniform, and LayerScale at 1e-5 hides what
     attention says from every later layer.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in backbone.named_parameters():
         if name.endswith("attn.qkv.weight"):
             parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
@@ -224,70 +166,11 @@ def share_weights(student: VisionTransformer, backbone: VisionTransformer) -> No
             ours[path]._parameters[name] = parameter
 
 
-def make_images(case: Case, device: torch.device, seed: int = 0) -> Tensor:
+def make_images(case: Case, device: torch.device) -> Tensor:
     """The bench input, (B, 3, height, width), the same for every mechanism."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch, 3, *case.image_size, generator=generator)
     return images.to(device, case.torch_dtype)
-
-
-# (mixer, heads, q, k, v, layout) with q, k, v of the chosen heads in float64 on the CPU -> output of the same shape.
-Reference = Callable[[TokenMixer, slice, Tensor, Tensor, Tensor, TokenLayout], Tensor]
-
-
-@dataclass(frozen=True)
-class ReferenceEntry:
-    """The dense formula behind a mechanism.
-
-    Attributes:
-        compute: Calls the ``*_reference`` beside the mixer.
-        by_rows: Whether a row of the output depends on its own query alone, so that a sample of queries is enough.
-        width: Entries that the reference builds for one pair of tokens.
-    """
-
-    compute: Reference
-    by_rows: bool = False
-    width: Callable[[TokenMixer], int] = lambda mixer: 1
-
-
-def _hedgehog(mixer, heads, q, k, v, layout):
-    key_weight = mixer.query_weight if mixer.key_weight is None else mixer.key_weight
-    weights = (weight[heads].cpu().double() for weight in (mixer.query_weight, key_weight))
-    return hedgehog_reference(q, k, v, *weights, mixer.options)
-
-
-def _linformer(mixer, heads, q, k, v, layout):
-    projections = (p.cpu().double() for p in (mixer.key_projection, mixer.value_projection))
-    return linformer_reference(q, k, v, *projections, mixer.options.scale)
-
-
-def _nystromformer(mixer, heads, q, k, v, layout):
-    if q.shape[-2] <= mixer.options.num_landmarks:
-        return softmax_attention_reference(q, k, v)
-    conv_weight = None if mixer.conv_weight is None else mixer.conv_weight[heads].cpu().double()
-    return nystromformer_reference(q, k, v, mixer.options, conv_weight)
-
-
-REFERENCES: dict[str, ReferenceEntry] = {
-    SOFTMAX: ReferenceEntry(lambda m, h, q, k, v, t: softmax_attention_reference(q, k, v), by_rows=True),
-    "linear": ReferenceEntry(
-        lambda m, h, q, k, v, t: elu_attention_reference(q, k, v, m.options.den_added), by_rows=True
-    ),
-    "hedgehog": ReferenceEntry(_hedgehog, by_rows=True),
-    "lolcats": ReferenceEntry(_hedgehog, by_rows=True),
-    "linformer": ReferenceEntry(_linformer),
-    "performer": ReferenceEntry(
-        lambda m, h, q, k, v, t: performer_reference(q, k, v, m.projection.cpu().double(), m.options),
-        by_rows=True,
-        width=lambda m: m.options.num_features,
-    ),
-    "cosformer": ReferenceEntry(lambda m, h, q, k, v, t: cosformer_reference(q, k, v, t, m.options)),
-    "nystromformer": ReferenceEntry(_nystromformer),
-    "monarch": ReferenceEntry(
-        lambda m, h, q, k, v, t: monarch_reference(q, k, v, m.options.block_size or t.grid_size[1], m.options)
-    ),
-    NONE: ReferenceEntry(lambda m, h, q, k, v, t: v),
-}
 
 
 @dataclass(frozen=True)
@@ -341,42 +224,30 @@ def capture_calls(model: VisionTransformer, run: Callable[[], Any]) -> list[Mixe
 
 
 @torch.no_grad()
-def check_call(mechanism: str, call: MixerCall) -> Gate:
-    """Compares one mixing with the mechanism's dense reference in float64.
+def check_call(call: MixerCall) -> Gate:
+    """Compares one mixing with the mixer's own dense reference in float64.
 
-    The last image of the batch; its first head, and the last one too where N is below 2048. Where a reference goes row
-    by row and N exceeds :data:`GATE_ROWS`, so many rows, the first and the last among them.
+    The last image of the batch; its first head, and the last one too where N is below 2048. Where rows are independent
+    and N exceeds :data:`GATE_ROWS`, so many rows, the first and the last among them.
     """
-    entry, num_tokens = REFERENCES[mechanism], call.q.shape[-2]
-    picked = [0] if num_tokens >= 2048 or call.q.shape[1] == 1 else [0, call.q.shape[1] - 1]
-    squared_error, squared_reference, worst = 0.0, 0.0, []
-    for head in picked:
-        heads = slice(head, head + 1)
-        q, k, v, out = (x[-1:, heads].cpu().double() for x in (call.q, call.k, call.v, call.out))
-        rows = _sampled_rows(num_tokens) if entry.by_rows else torch.arange(num_tokens)
-        expected = _reference_rows(entry, call, heads, q, k, v, rows)
-        difference = (out[..., rows, :] - expected).square().sum(-1)
-        scale = expected.square().sum(-1).mean()
-        squared_error += float(difference.sum())
-        squared_reference += float(expected.square().sum())
-        worst.append(float((difference / scale).max().sqrt()))
-    error = (squared_error / squared_reference) ** 0.5 if squared_reference else squared_error
+    mixer, (num_heads, num_tokens) = call.mixer, call.q.shape[1:3]
+    heads = slice(0, 1) if num_tokens >= 2048 else slice(0, None, max(1, num_heads - 1))
+    q, k, v, out = (x[-1:, heads].cpu().double() for x in (call.q, call.k, call.v, call.out))
+    if mixer.rows_are_independent:
+        rows = _sampled_rows(num_tokens)
+        out = out[:, :, rows]
+        at_a_time = max(1, REFERENCE_ENTRIES // (q.shape[1] * num_tokens * mixer.reference_width))
+        parts = [mixer.reference(q[:, :, part], k, v, call.layout, heads) for part in rows.split(at_a_time)]
+        expected = torch.cat(parts, dim=-2)
+    else:
+        expected = mixer.reference(q, k, v, call.layout, heads)
+    difference, scale = (out - expected).square().sum(-1), expected.square().sum(-1)  # (1, heads, rows)
+    error = float((difference.sum() / scale.sum()).sqrt())
+    worst_row = float((difference / scale.mean(-1, keepdim=True)).max().sqrt())
     tolerance = GATE_TOLERANCE[call.v.dtype]
     # Written so that NaN is red.
-    green = error <= tolerance and all(row <= WORST_ROW_FACTOR * tolerance for row in worst)
-    return Gate(green, error, max(worst), tolerance)
-
-
-def _reference_rows(
-    entry: ReferenceEntry, call: MixerCall, heads: slice, q: Tensor, k: Tensor, v: Tensor, rows: Tensor
-) -> Tensor:
-    if not entry.by_rows:
-        return entry.compute(call.mixer, heads, q, k, v, call.layout)
-    at_a_time = max(1, REFERENCE_ENTRIES // (k.shape[-2] * entry.width(call.mixer)))
-    parts = [
-        entry.compute(call.mixer, heads, q[..., part, :], k, v, call.layout) for part in rows.split(at_a_time)
-    ]  # fmt: skip
-    return torch.cat(parts, dim=-2)
+    green = error <= tolerance and worst_row <= WORST_ROW_FACTOR * tolerance
+    return Gate(green, error, worst_row, tolerance)
 
 
 def _sampled_rows(num_tokens: int) -> Tensor:
@@ -386,28 +257,34 @@ def _sampled_rows(num_tokens: int) -> Tensor:
     return torch.cat((torch.tensor([0, num_tokens - 1]), drawn)).sort().values
 
 
-def run_gate(mechanism: str, model: VisionTransformer, run: Callable[[], Any]) -> Gate:
+def run_gate(model: VisionTransformer, run: Callable[[], Any]) -> Gate:
     """The gate over the mixings that ``run`` causes in the first and last block of ``model``; the worse one is told."""
-    calls = capture_calls(model, run)
-    gates = [check_call(mechanism, call) for call in calls]
+    gates = [check_call(call) for call in capture_calls(model, run)]
     return next((gate for gate in gates if not gate.green), max(gates, key=lambda gate: gate.error))
 
 
-def resolved_options(mechanism: str, options: Mapping[str, Any]) -> Any:
-    """The options dataclass of a mechanism, defaults filled in."""
-    return None if mechanism == NONE else resolve_mechanism(mechanism).Options(**options)
+class CaseFailed(RuntimeError):
+    """A case has no result, for a reason that the bench knows.
+
+    Attributes:
+        kind: The row's ``error_kind``.
+    """
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: CUDA's, Python's, or that of PyTorch's CPU allocator."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error) or "out of memory" in str(error)
-    )
+def failure(error: BaseException) -> tuple[str, str]:
+    """The ``error`` and ``error_kind`` of a row: an exception as one sentence, and what kind it is.
 
-
-def describe_error(error: BaseException) -> str:
-    """An exception as one sentence."""
+    Out of memory are CUDA's exception, Python's, and that of PyTorch's CPU allocator.
+    """
+    if isinstance(error, CaseFailed):
+        return str(error), error.kind
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    said = ("can't allocate memory", "not enough memory", "out of memory")
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    out_of_memory |= isinstance(error, RuntimeError) and any(words in message for words in said)
+    sentence = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return sentence, OUT_OF_MEMORY if out_of_memory else "exception"

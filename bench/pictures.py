@@ -1,12 +1,13 @@
 """The pictures of a bench report, as SVG text."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from results import Results, Row, SweepRow
 
 # Softmax and the ceiling are what everything is held against: black, and grey dashes. AdaLA's own mechanism is thick.
 STYLES: dict[str, dict] = {
@@ -22,8 +23,53 @@ STYLES: dict[str, dict] = {
     "none": {"color": "#888888", "linewidth": 2.0, "marker": "o", "linestyle": ":"},
 }
 LABELS = {"linear": "linear (AdaLA)", "none": "none (ceiling)"}
+SPEED = "speed against softmax (log scale)"
 # Mechanism, and its points (tokens, value).
 Lines = dict[str, list[tuple[float, float]]]
+
+
+def lines_of(rows: Iterable[Row | SweepRow], value: str) -> Lines:
+    """(tokens, value) by mechanism, of rows that have it."""
+    lines: Lines = {}
+    for row in rows:
+        if row.tokens and getattr(row, value):
+            lines.setdefault(row.mechanism, []).append((row.tokens, getattr(row, value)))
+    return lines
+
+
+def pictures(results: Results) -> list[tuple[str, str]]:
+    """Captions and SVGs, those that there are data for."""
+    found = []
+    throughput, speeds = (lines_of(results.rows, value) for value in ("throughput_img_s", "ratio_vs_softmax"))
+    if throughput:
+        found.append(("Throughput against tokens (higher is better).", draw_lines(throughput, "images/s (log scale)")))
+    if "softmax" in throughput:
+        caption = "The same against softmax: above 1 a mechanism is worth it."
+        found.append((caption, draw_lines(speeds, SPEED, level=1.0)))
+    for scope, words in (("network", "whole network"), ("operator", "mixing of one layer alone")):
+        # No mixing at all is a thousand times faster than mixing, which would leave the others no room.
+        left_out = ("operator", "none")
+        swept = [row for row in results.sweep if row.scope == scope and (scope, row.mechanism) != left_out]
+        lines = lines_of(swept, "ratio_vs_softmax")
+        if lines:
+            caption = f"Sweep over token counts, {words}: where a line crosses 1, the mechanism begins to pay."
+            found.append((caption, draw_lines(lines, SPEED, level=1.0)))
+    memory, res = lines_of(results.rows, "activations_mib"), max((row.res for row in results.rows), default=0)
+    if memory:
+        caption = "Memory for activations against tokens (lower is better); weights come on top."
+        found.append((caption, draw_lines(memory, "activations, MiB (log scale)")))
+        largest = [row for row in results.rows if row.res == res and row.activations_mib]
+        found.append((f"Weights and activations at {res} px.", draw_memory(largest)))
+    speed_at = {row.mechanism: row.throughput_img_s for row in results.rows if row.res == res}
+    scored = [row for row in results.accuracy if row.top1 is not None and speed_at.get(row.mechanism)]
+    if scored:
+        caption = (
+            f"Accuracy against speed: top-1 on recipe {results.machine.get('recipe', 'tiny')} (another, smaller "
+            f"network) over images/s of {results.machine.get('backbone')} at {res} px."
+        )
+        points = {(row.mechanism, row.conversion): (speed_at[row.mechanism], row.top1) for row in scored}
+        found.append((caption, draw_scatter(points, f"images/s at {res} px", "top-1 (%)")))
+    return found
 
 
 def draw(fill: Callable[[Axes], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
@@ -36,14 +82,13 @@ def draw(fill: Callable[[Axes], None], size: tuple[float, float] = (8.0, 4.6)) -
     return written.getvalue()
 
 
-def draw_lines(lines: Lines, ylabel: str, level: float | None = None, logarithmic: bool = True) -> str:
-    """Values against tokens, one line a mechanism, named at its end.
+def draw_lines(lines: Lines, ylabel: str, level: float | None = None) -> str:
+    """Values against tokens on log scales, one line a mechanism.
 
     Args:
         lines: By mechanism.
         ylabel: What the values are, with their unit.
         level: A value that is marked by a horizontal line.
-        logarithmic: Scale of the values; that of the tokens always is.
     """
 
     def fill(axis: Axes) -> None:
@@ -51,32 +96,20 @@ def draw_lines(lines: Lines, ylabel: str, level: float | None = None, logarithmi
             style = {"linewidth": 1.4, "markersize": 5} | STYLES.get(name, {})
             axis.plot(*zip(*sorted(points), strict=True), label=LABELS.get(name, name), **style)
         counts = sorted({tokens for points in lines.values() for tokens, _ in points})
-        axis.set_xscale("log")
+        axis.set(xscale="log", yscale="log", xlabel="tokens of one image (log scale)", ylabel=ylabel)
         axis.xaxis.set_major_locator(FixedLocator(counts))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        if logarithmic:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axis)))
-        else:
-            axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axis)))
         if level is not None:
             axis.axhline(level, color="black", linewidth=0.8, alpha=0.6)
-        axis.set_xlabel("tokens of one image (log scale)")
-        axis.set_ylabel(ylabel)
         axis.grid(alpha=0.25, which="both")
         # The order of the legend is that of the lines' ends.
-        handles, labels = axis.get_legend_handles_labels()
-        last = [sorted(points)[-1][1] for points in lines.values()]
-        order = sorted(range(len(labels)), key=lambda index: -last[index])
-        axis.legend(
-            [handles[i] for i in order],
-            [labels[i] for i in order],
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
-            frameon=False,
-        )
+        ends = [max(points)[1] for points in lines.values()]
+        entries = zip(ends, *axis.get_legend_handles_labels(), strict=True)
+        _, handles, labels = zip(*sorted(entries, key=lambda entry: -entry[0]), strict=True)
+        axis.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
     return draw(fill)
 
@@ -119,17 +152,19 @@ def draw_scatter(points: dict[tuple[str, str], tuple[float, float]], xlabel: str
     return draw(fill)
 
 
-def draw_stack(names: Sequence[str], below: Sequence[float], above: Sequence[float], xlabel: str) -> str:
+def draw_memory(rows: Sequence[Row]) -> str:
     """Horizontal bars of two parts: weights, and activations on top of them."""
 
     def fill(axis: Axes) -> None:
-        labels = [LABELS.get(name, name) for name in names][::-1]
-        below_up, above_up = below[::-1], above[::-1]
-        axis.barh(labels, below_up, color="#b8c4d0", label="weights")
-        bars = axis.barh(labels, above_up, left=below_up, color="#c8102e", alpha=0.75, label="activations")
-        axis.bar_label(bars, [f"{a:,.0f} + {b:,.0f}" for a, b in zip(below_up, above_up, strict=True)], padding=4)
-        axis.set_xlabel(xlabel)
+        labels = [LABELS.get(row.mechanism, row.mechanism) for row in rows[::-1]]
+        weights, activations = (
+            [getattr(row, part) for row in rows[::-1]] for part in ("weights_mib", "activations_mib")
+        )
+        axis.barh(labels, weights, color="#b8c4d0", label="weights")
+        bars = axis.barh(labels, activations, left=weights, color="#c8102e", alpha=0.75, label="activations")
+        axis.bar_label(bars, [f"{a:,.0f} + {b:,.0f}" for a, b in zip(weights, activations, strict=True)], padding=4)
+        axis.set_xlabel("MiB")
         axis.margins(x=0.18)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
 
-    return draw(fill, (8.0, 0.36 * len(names) + 1.5))
+    return draw(fill, (8.0, 0.36 * len(rows) + 1.5))

@@ -1,9 +1,12 @@
-"""The schema of ``results.json``: the dataclasses here, field by field. docs/BENCH.md explains it."""
+"""The schema of ``results.json``: the dataclasses here, field by field, explained in docs/BENCH.md.
+
+A number that was not measured is None.
+"""
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,43 +16,7 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class Row:
-    """One mechanism at one resolution. What was not measured is None.
-
-    Attributes:
-        mechanism: Its name; ``none`` passes values through.
-        res: Height and width in pixels, after rounding down to the patch.
-        tokens: N of one image, prefix tokens included.
-        batch: Images of one forward pass.
-        dtype: Of weights and activations.
-        options: Options of the mechanism that are not its defaults.
-        params_m: Parameters of the network without a head, in millions.
-        gmacs: Multiply-accumulates of one image by formula, in 1e9.
-        gmacs_counted: The same by PyTorch's counter.
-        peak_mem_mib: Highest memory during a forward pass; on a CPU above the process before the network was built.
-        weights_mib: Of that, parameters and buffers.
-        activations_mib: Highest during a forward pass above what rests between two of them.
-        process_mib: Memory of the whole process (NVML on a GPU, resident set on a CPU).
-        latency_ms_p20: A forward pass of the whole batch, 20th percentile over rounds.
-        latency_ms_p50: Median over rounds.
-        latency_ms_p80: 80th percentile over rounds.
-        throughput_img_s: Images a second at the median latency.
-        ratio_vs_softmax: How many times faster than softmax; median over rounds of the ratio within a round.
-        ratio_vs_softmax_low: Lower end of that median's 95 % confidence interval over rounds.
-        ratio_vs_softmax_high: Its upper end.
-        ratio_vs_none: Share of the speed of a network without attention, taken alike; at most about 1.
-        rounds: Timed rounds.
-        compiled: Whether the forward pass was that of torch.compile.
-        sdpa_backend: Backend that softmax was pinned to; ``unfused`` where it is three operations.
-        train_img_s: Images a second of a Stage 2 step, teacher included.
-        train_ratio_vs_softmax: How many times faster than a step of a softmax student.
-        train_error: Why there is no training speed although it was asked for.
-        energy_mj_per_image: Of the whole GPU, in millijoules.
-        gate: ``green``, ``red``, or ``not run`` (the row failed before).
-        gate_error: rms(reference - out) / rms(reference) on the inputs of the case.
-        gate_tolerance: Largest permitted.
-        error: One sentence, where the row failed.
-        error_kind: ``out of memory``, ``macs`` (formula and counter disagree), ``gate`` or ``exception``.
-    """
+    """One mechanism at one resolution."""
 
     mechanism: str
     res: int
@@ -88,17 +55,7 @@ class Row:
 
 @dataclass
 class SweepRow:
-    """One mechanism at one number of tokens of the sweep.
-
-    Attributes:
-        mechanism: Its name.
-        scope: ``operator`` (the mixing of one layer) or ``network``.
-        tokens: N of one image.
-        latency_ms_p50: Median over rounds.
-        ratio_vs_softmax: How many times faster than softmax.
-        error: One sentence, where it failed.
-        error_kind: As in :class:`Row`.
-    """
+    """One mechanism at one number of tokens of the sweep."""
 
     mechanism: str
     scope: str
@@ -111,16 +68,7 @@ class SweepRow:
 
 @dataclass
 class CrossoverRow:
-    """From how many tokens on a mechanism beats softmax in the sweep.
-
-    Attributes:
-        mechanism: Its name.
-        scope: ``operator`` or ``network``.
-        kind: ``within`` the range, ``always`` or ``never`` in it, or ``unknown``.
-        tokens: Interpolated; None unless ``kind`` is ``within``.
-        least_tokens: Where the range begins.
-        most_tokens: Where it ends.
-    """
+    """From how many tokens on a mechanism beats softmax in the sweep."""
 
     mechanism: str
     scope: str
@@ -132,22 +80,7 @@ class CrossoverRow:
 
 @dataclass
 class AccuracyRow:
-    """One adaptation of the recipe's teacher.
-
-    Attributes:
-        mechanism: Its name.
-        conversion: ``adala`` or ``native``.
-        steps: Optimizer steps by stage number.
-        images_seen: Training images over all stages; the same for every row to within half a batch for each stage.
-        top1: Of the last stage on the held-out split, in percent.
-        aligned_top1: Of a linear probe on the features after Stage 2, in percent; only ``adala`` has that stage.
-        feature_cosine: Of the last stage's final features to the teacher's, mean over tokens.
-        aligned_cosine: The same after Stage 2.
-        teacher_top1: Of a linear probe on the teacher's features, in percent.
-        kept: ``top1`` over ``teacher_top1``.
-        seconds: Wall time of the whole adaptation.
-        error: One sentence, where it failed.
-    """
+    """One adaptation of the recipe's teacher."""
 
     mechanism: str
     conversion: str
@@ -165,17 +98,7 @@ class AccuracyRow:
 
 @dataclass
 class Results:
-    """Everything that one bench run found.
-
-    Attributes:
-        machine: Conditions, see docs/BENCH.md.
-        rows: Mechanism by resolution.
-        sweep: Empty without ``--sweep``.
-        crossover: Empty without ``--sweep``.
-        accuracy: Empty without ``--accuracy``.
-        paper: Our parameters and MACs of the paper's table (ViT-L/16 at 512 px), by formula.
-        notes: What the run said about itself: rounded resolutions, choices made.
-    """
+    """Everything that one bench run found; ``sweep``, ``crossover`` and ``accuracy`` are empty unless asked for."""
 
     machine: dict
     rows: list[Row] = field(default_factory=list)
@@ -186,7 +109,7 @@ class Results:
     notes: list[str] = field(default_factory=list)
 
 
-LISTS = {"rows": Row, "sweep": SweepRow, "crossover": CrossoverRow, "accuracy": AccuracyRow}
+ROW_CLASSES = {"rows": Row, "sweep": SweepRow, "crossover": CrossoverRow, "accuracy": AccuracyRow}
 
 
 def to_json(results: Results) -> dict[str, Any]:
@@ -212,7 +135,7 @@ def read_results(path: Path) -> Results:
     if stored.pop("schema", None) != SCHEMA_VERSION:
         raise ValueError(f"{path} has another schema than {SCHEMA_VERSION}")
     try:
-        for name, row_class in LISTS.items():
+        for name, row_class in ROW_CLASSES.items():
             stored[name] = [row_class(**row) for row in stored[name]]
         return Results(**stored)
     except TypeError as error:
@@ -220,12 +143,7 @@ def read_results(path: Path) -> Results:
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Writes ``results.json``, whole or not at all.
-
-    Args:
-        path: Of the file; its folder exists.
-        results: What a run found.
-    """
+    """Writes ``results.json`` into a folder that exists, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(to_json(results), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
@@ -239,13 +157,27 @@ def row_of(results: Results, mechanism: str, res: int) -> Row | None:
     return next((row for row in results.rows if (row.mechanism, row.res) == (mechanism, res)), None)
 
 
-def pixels_of(results: Results, tokens: float) -> float:
-    """Side in pixels of a square image with so many tokens."""
-    machine = results.machine
-    patches = max(1.0, tokens - machine.get("num_prefix_tokens", 1))
-    return math.sqrt(patches) * machine.get("patch_size", [16])[0]
-
-
 def mechanisms_of(results: Results) -> list[str]:
     """Linear mechanisms with a row, in the rows' order: neither softmax nor the ceiling."""
     return list(dict.fromkeys(row.mechanism for row in results.rows if row.mechanism not in ("softmax", "none")))
+
+
+def crossover(points: Sequence[tuple[int, float | None]]) -> tuple[str, float | None]:
+    """Where the ratio to softmax reaches 1 for good.
+
+    Args:
+        points: Tokens and how many times faster than softmax, None where that could not be measured.
+
+    Returns:
+        ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements; and for
+        ``within`` the tokens, interpolated on log scales between the counts measured.
+    """
+    known = sorted((tokens, ratio) for tokens, ratio in points if ratio is not None and ratio > 0)
+    slower = [index for index, (_, ratio) in enumerate(known) if ratio < 1]
+    if not known or not slower:
+        return ("always" if known else "unknown"), None
+    if slower[-1] == len(known) - 1:
+        return "never", None
+    (tokens, ratio), (next_tokens, next_ratio) = known[slower[-1]], known[slower[-1] + 1]
+    share = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
+    return "within", math.exp(math.log(tokens) + share * math.log(next_tokens / tokens))

@@ -9,7 +9,6 @@ Writes results.json, report.md and report.html into the folder --out. docs/BENCH
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocator import keep_freed_memory, use_huge_pages
-from cases import DTYPES, MECHANISMS, NONE, UNFUSED, Backbone, Case, mechanism_options
+from cases import DTYPES, MECHANISMS, NONE, OUT_OF_MEMORY, PAPER_OPTIONS, Case
 from cost import measure_cost
-from measure import measure_costs, measure_memories, time_size, train_size
-from prepare import OUT_OF_MEMORY, say
+from measure import measure_costs, measure_memories, say, time_size, train_size
 from report import write_report
 from results import AccuracyRow, Results, Row, read_results
-from settings import Settings, build_settings, image_sizes
+from settings import Settings, build_settings, conditions, load_average
 from sweep import run_sweep
-from timing import SDPA_BACKENDS, describe_machine, without_tf32
+from timing import SDPA_BACKENDS, switch_off_tf32
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,70 +68,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        settings, notes = build_settings(options)
-        resolutions = options.res
-        if resolutions is None:
-            resolutions = [] if options.accuracy or options.sweep else [512, 1024]
-        sizes = image_sizes(settings, resolutions, notes)
+        settings = build_settings(options)
+        default = [] if options.accuracy or options.sweep else [512, 1024]
+        sizes = settings.image_sizes(default if options.res is None else options.res)
         earlier = read_results(options.out / "results.json") if options.add else None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for note in notes:
+    for note in settings.notes:
         say(note)
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
-    results = Results(conditions(settings, options), notes=notes)
+    switch_off_tf32()
+    results = Results(conditions(settings), notes=settings.notes)
 
     def save() -> None:
         write_report(options.out, results if earlier is None else merged(earlier, results))
 
-    with without_tf32():
-        if sizes:
-            measure_rows(settings, options, results, sizes, started, save)
-        if options.sweep:
-            most = options.sweep_max_tokens or (16384 if settings.device.type == "cuda" else 4096)
-            results.sweep, results.crossover = run_sweep(settings, most, options.sweep_budget_s)
+    if sizes:
+        measure_rows(settings, results, sizes, started, save)
+    if options.sweep:
+        most = options.sweep_max_tokens or (16384 if settings.device.type == "cuda" else 4096)
+        results.sweep, results.crossover = run_sweep(settings, most, options.sweep_budget_s)
     results.paper = paper_table()
     save()
     if options.accuracy:
         try:
-            add_accuracy(settings, options, results, save)
+            add_accuracy(settings, results, save)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    results.machine["seconds"] = round(time.monotonic() - started, 1)
-    results.machine["load_average_end"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    results.machine |= {"seconds": round(time.monotonic() - started, 1), "load_average_end": load_average()}
     save()
     say(
-        f"{options.out / 'report.html'} and report.md, results.json beside it, after {time.monotonic() - started:.0f} s"
+        f"{options.out / 'report.html'} and report.md, results.json beside it, after {results.machine['seconds']:.0f} s"
     )
     return exit_code(results)
 
 
-def conditions(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers are measured under: ``machine`` of the schema. On a CPU the allocator is set here."""
-    on_cpu = settings.device.type == "cpu"
-    return describe_machine(settings.device) | {
-        "backbone": settings.backbone.name,
-        "model_args": settings.backbone.model_args,
-        "patch_size": list(settings.patch_size),
-        "num_prefix_tokens": settings.outline.num_prefix_tokens,
-        "protocol": settings.protocol,
-        "dtype": settings.dtype,
-        "batch": settings.batch,
-        "tf32": False,
-        "compile": settings.compile,
-        "softmax": "fused" if settings.protocol == "best" else UNFUSED,
-        "time_budget_s": options.time_budget_s,
-        "freed_memory_kept": on_cpu and keep_freed_memory(),
-        "huge_pages": on_cpu and use_huge_pages(),
-    }
-
-
-def add_accuracy(
-    settings: Settings, options: argparse.Namespace, results: Results, save: Callable[[], None]
-) -> None:  # fmt: skip
+def add_accuracy(settings: Settings, results: Results, save: Callable[[], None]) -> None:
     """Adapts every mechanism and scores it; the report is written after each.
 
     Raises:
@@ -147,6 +119,7 @@ def add_accuracy(
         results.accuracy = rows
         save()
 
+    options = settings.options
     results.machine["recipe"] = Path(options.recipe).stem
     mechanisms = [name for name in settings.mechanisms if name != NONE]
     folder = options.out / "accuracy"
@@ -155,7 +128,6 @@ def add_accuracy(
 
 def measure_rows(
     settings: Settings,
-    options: argparse.Namespace,
     results: Results,
     sizes: Sequence[tuple[int, int]],
     started: float,
@@ -164,42 +136,34 @@ def measure_rows(
     """All rows of all resolutions, within the time budget but for the least number of rounds; saved after each."""
     by_size = {}
     for size in sizes:
-        by_size[size] = {
-            name: Row(name, size[0], batch=case.batch, dtype=case.dtype, options=case.options)
-            for name, case in settings.cases(size).items()
-        }
-        results.rows += by_size[size].values()
+        cases = [settings.case(name, size) for name in settings.mechanisms]
+        new = [Row(c.mechanism, size[0], batch=c.batch, dtype=c.dtype, options=dict(c.options)) for c in cases]
+        by_size[size] = {row.mechanism: row for row in new}
+        results.rows += new
         measure_costs(settings, by_size[size], size)
-    if not options.no_memory:
+    if not settings.options.no_memory:
         for size in sizes:
             say(f"memory at {size[0]} px, one process a case")
             measure_memories(settings, by_size[size], size)
-    deadline = started + options.time_budget_s
     for index, size in enumerate(sizes):
         rows = by_size[size]
         say(f"times at {size[0]} px, {next(iter(rows.values())).tokens} tokens")
-        later = [sum(row.gmacs or 0 for row in by_size[s].values()) for s in sizes[index + 1 :]]
-        own = sum(row.gmacs or 0 for row in rows.values()) or 1.0
-
-        def budget(pass_s: float, later: list[float] = later, own: float = own) -> float:
-            # What is left after the later sizes' gates and warm-ups (about four passes each), shared evenly.
-            reserved = 4 * pass_s * sum(later) / own
-            return max(0.0, deadline - time.monotonic() - reserved) / (1 + len(later))
-
-        time_size(settings, rows, size, budget)
+        macs = [sum(row.gmacs or 0 for row in by_size[each].values()) for each in sizes[index:]]
+        later = [each / (macs[0] or 1.0) for each in macs[1:]]
+        time_size(settings, rows, size, started + settings.options.time_budget_s, later)
         save()
-    if options.train:
+    if settings.options.train:
         for size in sizes:
             say(f"training at {size[0]} px")
-            train_size(settings, by_size[size], size, options.time_budget_s / len(sizes))
+            train_size(settings, by_size[size], size, settings.options.time_budget_s / len(sizes))
 
 
 def paper_table() -> list[dict[str, Any]]:
     """Our parameters and MACs of the network in the paper's table, whatever was measured: they need no clock."""
-    backbone = Backbone("vit_large_patch16_224", {"init_values": 1e-5})
     table = []
+    network = Case("vit_large_patch16_224", {"init_values": 1e-5}, image_size=(512, 512))
     for mechanism in MECHANISMS:
-        cost = measure_cost(Case(backbone, mechanism, (512, 512), mechanism_options(mechanism, "paper")))
+        cost = measure_cost(replace(network, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {})))
         table.append({"mechanism": mechanism, "parameters": cost.parameters, "gmacs": cost.macs / 1e9})
     return table
 
@@ -224,8 +188,7 @@ def merged(earlier: Results, found: Results) -> Results:
         source = found if getattr(found, name) else earlier
         setattr(whole, name, getattr(source, name))
         if name in ("sweep", "accuracy") and source is not newest and getattr(source, name):
-            began = f"{name} measured on "
-            m = source.machine
+            began, m = f"{name} measured on ", source.machine
             of_found = f"{began}{m['date']}: {m['device']}, {m['threads']} threads, commit {m['commit'] or 'none'}"
             older = [note for note in earlier.notes if note.startswith(began)]
             notes = [note for note in notes if not note.startswith(began)]

@@ -1,12 +1,12 @@
 """What a bench report says in words: is it worth it, from which size on, at what loss, and under which conditions."""
 
 import json
+import math
 from collections.abc import Mapping
 from statistics import median
 
 from pictures import LABELS
-from results import Results, mechanisms_of, pixels_of, resolutions, row_of
-from timing import crossover
+from results import Results, crossover, mechanisms_of, resolutions, row_of
 
 # Within so much of 1 a ratio is called a tie: two runs on an idle machine may differ by 5 %.
 TIE = 0.05
@@ -17,8 +17,8 @@ DEFINITIONS = (
     "shown, beside it that median's 95 % confidence interval. All cases of a resolution are timed in one process, once "
     "a round each, every round beginning with another one; they share weights and input.",
     "`none` passes the values through: the same network without any mixing of tokens, which no mechanism can beat.",
-    "GMACs are multiply-accumulates of matrix products in 1e9 for one image, by formula, confirmed by PyTorch's "
-    "counter to 1 %. Memory is that of a forward pass in a process of its own, run eagerly.",
+    "GMACs are multiply-accumulates of matrix products in 1e9 for one image, by PyTorch's counter. Memory is that of a "
+    "forward pass in a process of its own, run eagerly.",
     "The gate compares each mechanism on the very q, k and v of the case with its dense reference in float64, before "
     "the clock starts; beside it stands the relative error. Without a green gate there is no speed.",
 )
@@ -28,40 +28,48 @@ def number(value: float | None, form: str = ",.2f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
 def short_name(mechanism: str) -> str:
     return LABELS.get(mechanism, mechanism)
 
 
+def swept(results: Results) -> dict[str, tuple[str, float | None]]:
+    """Kind and tokens of each linear mechanism's crossover in the whole network, from the sweep."""
+    rows = [row for row in results.crossover if row.scope == "network" and row.mechanism not in ("softmax", "none")]
+    return {row.mechanism: (row.kind, row.tokens) for row in rows}
+
+
+def interpolated(results: Results) -> dict[str, tuple[str, float | None]]:
+    """The same between the resolutions measured, of those of which there is more to say than ``unknown``."""
+    points: dict[str, list[tuple[int, float | None]]] = {mechanism: [] for mechanism in mechanisms_of(results)}
+    for row in results.rows:
+        if row.mechanism in points and row.tokens:
+            points[row.mechanism].append((row.tokens, row.ratio_vs_softmax))
+    found = {mechanism: crossover(of_mechanism) for mechanism, of_mechanism in points.items()}
+    return {mechanism: where for mechanism, where in found.items() if where[0] != "unknown"}
+
+
 def verdict(results: Results) -> str:
     """One sentence about vanilla linear attention, or about the first mechanism where it was not measured."""
-    timed = [m for m in mechanisms_of(results) if any(r.ratio_vs_softmax for r in results.rows if r.mechanism == m)]
+    compared = {row.mechanism for row in results.rows if row.ratio_vs_softmax}
+    timed = [mechanism for mechanism in mechanisms_of(results) if mechanism in compared]
     if not timed:
         return "No linear mechanism was compared with softmax in this run."
     mechanism = "linear" if "linear" in timed else timed[0]
-    swept = [r for r in results.crossover if (r.mechanism, r.scope) == (mechanism, "network")]
-    rows = [row_of(results, mechanism, res) for res in resolutions(results)]
-    where = crossover([(row.tokens, row.ratio_vs_softmax) for row in rows if row is not None and row.tokens])
-    kind, tokens = (swept[0].kind, swept[0].tokens) if swept else (where.kind, where.tokens)
-    name, best = short_name(mechanism), max(row.ratio_vs_softmax or 0 for row in rows if row is not None)
+    kind, tokens = (interpolated(results) | swept(results)).get(mechanism, ("unknown", None))
+    best = max(row.ratio_vs_softmax or 0 for row in results.rows if row.mechanism == mechanism)
     said = {
         "within": f"In speed yes, {crossing(results, kind, tokens)} on; below that softmax is the faster one",
         "always": "In speed yes, at every size measured",
         "never": "In speed no, at no size measured",
     }.get(kind, "That was not measured")
     doubt = " But the machine was not idle: measure again." if _noise(results) else ""
-    return f"{said} ({name}, whole network; at best {best:.2f} times softmax's speed).{doubt}"
+    return f"{said} ({short_name(mechanism)}, whole network; at best {best:.2f} times softmax's speed).{doubt}"
 
 
 def answer(results: Results) -> list[str]:
     """Is it worth it, from which size on, and at what loss: in plain sentences."""
-    sentences = [_noise(results)] + [_worth(results, res) for res in resolutions(results)]
-    sentences += _from_which_size(results)
-    sentences += [_memory_answer(results)] if results.rows else []
-    sentences.append(_loss(results))
+    sentences = [_noise(results), *(_worth(results, res) for res in resolutions(results))]
+    sentences += [_from_which_size(results), _memory_answer(results), _loss(results)]
     failed = [row for row in results.rows if row.error is not None]
     if failed:
         said = ", ".join(f"{row.mechanism} at {row.res} px ({row.error_kind})" for row in failed)
@@ -106,25 +114,19 @@ def _worth(results: Results, res: int) -> str:
     return said + "."
 
 
-def _from_which_size(results: Results) -> list[str]:
-    swept = [row for row in results.crossover if row.scope == "network" and row.mechanism not in ("softmax", "none")]
-    if swept:
-        low, high = min(r.least_tokens for r in swept), max(r.most_tokens for r in swept)
-        said = _grouped_crossings(results, {row.mechanism: (row.kind, row.tokens) for row in swept})
-        return [f"**From which size on** (whole network, swept from {low:,} to {high:,} tokens): {said}."]
-    sizes = resolutions(results)
-    where = {}
-    for mechanism in mechanisms_of(results):
-        rows = [row_of(results, mechanism, res) for res in sizes]
-        found = crossover([(row.tokens, row.ratio_vs_softmax) for row in rows if row is not None and row.tokens])
-        if found.kind != "unknown":
-            where[mechanism] = (found.kind, found.tokens)
+def _from_which_size(results: Results) -> str:
+    rows = [row for row in results.crossover if row.mechanism in swept(results) and row.scope == "network"]
+    if rows:
+        low, high = min(row.least_tokens for row in rows), max(row.most_tokens for row in rows)
+        how = f"(whole network, swept from {low:,} to {high:,} tokens)"
+        return f"**From which size on** {how}: {_grouped_crossings(results, swept(results))}."
+    sizes, where = resolutions(results), interpolated(results)
     if len(sizes) < 2 or not where:
-        return []
-    return [
+        return ""
+    return (
         f"**From which size on**, interpolated between the {len(sizes)} resolutions measured, {sizes[0]} to "
         f"{sizes[-1]} px (`--sweep` measures it): {_grouped_crossings(results, where)}."
-    ]
+    )
 
 
 def _grouped_crossings(results: Results, where: Mapping[str, tuple[str, float | None]]) -> str:
@@ -141,12 +143,17 @@ def _grouped_crossings(results: Results, where: Mapping[str, tuple[str, float | 
 
 
 def crossing(results: Results, kind: str, tokens: float | None) -> str:
-    if kind == "within":
-        return f"from about {tokens:,.0f} tokens ({pixels_of(results, tokens):,.0f} px)"
-    return {"always": "everywhere in the range", "never": "never in the range"}.get(kind, "not measured")
+    """A crossover in words, with the side in pixels of a square image of so many tokens."""
+    if kind != "within":
+        return {"always": "everywhere in the range", "never": "never in the range"}.get(kind, "not measured")
+    patches = max(1.0, tokens - results.machine.get("num_prefix_tokens", 1))
+    pixels = math.sqrt(patches) * results.machine.get("patch_size", [16])[0]
+    return f"from about {tokens:,.0f} tokens ({pixels:,.0f} px)"
 
 
 def _memory_answer(results: Results) -> str:
+    if not results.rows:
+        return ""
     res = resolutions(results)[-1]
     softmax, linear = row_of(results, "softmax", res), row_of(results, "linear", res)
     if softmax is None or linear is None or None in (softmax.activations_mib, linear.activations_mib):

@@ -1,25 +1,21 @@
-"""What a bench run was asked for, with everything that depends on the device filled in."""
+"""What a bench run was asked for and under which conditions, with everything that depends on the device filled in."""
 
 import argparse
+import datetime
 import json
+import os
+import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+import cases
+import timing
+import timm
 import torch
-from cases import (
-    DTYPES,
-    MECHANISMS,
-    SOFTMAX,
-    UNFUSED,
-    Backbone,
-    Case,
-    check_mechanisms,
-    default_backbone,
-    mechanism_options,
-    rounded_size,
-)
-from cost import num_tokens
-from timing import bfloat16_pays_on_cpu, fastest_sdpa_backend
+from allocator import keep_freed_memory, use_huge_pages
 from timm.models.vision_transformer import VisionTransformer
 
 
@@ -28,106 +24,100 @@ class Settings:
     """What the command line asks for, with everything that depends on the device filled in.
 
     Attributes:
-        backbone: The network around the mechanisms.
-        outline: That network without memory for its weights.
+        options: The command line.
         device: Where everything runs.
-        protocol: ``paper`` or ``best``.
-        dtype: Name of the dtype of weights and activations.
-        batch: Images of one forward pass.
+        network: Backbone, batch and dtype of every case.
+        outline: The backbone without memory for its weights.
         mechanisms: In the order of the rows.
-        most_rounds: Largest number of timed rounds.
-        compile: ``auto``, ``on`` or ``off``.
-        sdpa: ``auto`` or the name of a backend.
+        notes: What was chosen, and why; the first says which network.
         softmax: By image size, what softmax attention is computed by; see :meth:`softmax_at`.
     """
 
-    backbone: Backbone
-    outline: VisionTransformer
+    options: argparse.Namespace
     device: torch.device
-    protocol: str
-    dtype: str
-    batch: int
+    network: cases.Case
+    outline: VisionTransformer
     mechanisms: tuple[str, ...]
-    most_rounds: int
-    compile: str
-    sdpa: str
+    notes: list[str]
     softmax: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @property
     def patch_size(self) -> tuple[int, int]:
         return tuple(self.outline.patch_embed.patch_size)
 
+    @property
+    def compile(self) -> str:
+        """``auto``, ``on`` or ``off``."""
+        paper = self.options.protocol == "paper"
+        return "off" if paper and self.options.compile == "auto" else self.options.compile
+
     def softmax_at(self, image_size: tuple[int, int]) -> str:
         """``unfused``, the backend asked for, or whichever is fastest at this size, found out once."""
-        if self.protocol == "paper":
-            return UNFUSED
-        if self.sdpa != "auto":
-            return self.sdpa
+        if self.options.protocol == "paper":
+            return cases.UNFUSED
+        if self.options.sdpa != "auto":
+            return self.options.sdpa
         if image_size not in self.softmax:
-            attention = self.outline.blocks[0].attn
-            shape = (self.batch, num_tokens(self.outline, image_size), 3, attention.num_heads, attention.head_dim)
+            attention, tokens = self.outline.blocks[0].attn, cases.num_tokens(self.outline, image_size)
+            shape = (self.network.batch, tokens, 3, attention.num_heads, attention.head_dim)
             packed = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            q, k, v = packed.to(self.device, DTYPES[self.dtype]).permute(2, 0, 3, 1, 4).unbind(0)
-            self.softmax[image_size] = fastest_sdpa_backend(q, k, v)
+            q, k, v = packed.to(self.device, self.network.torch_dtype).permute(2, 0, 3, 1, 4).unbind(0)
+            self.softmax[image_size] = timing.fastest_sdpa_backend(q, k, v)
         return self.softmax[image_size]
 
-    def case(self, mechanism: str, image_size: tuple[int, int]) -> Case:
-        softmax = self.softmax_at(image_size) if mechanism == SOFTMAX else None
-        options = mechanism_options(mechanism, self.protocol)
-        return Case(self.backbone, mechanism, image_size, options, self.batch, self.dtype, softmax)
+    def case(self, mechanism: str, image_size: tuple[int, int]) -> cases.Case:
+        softmax = self.softmax_at(image_size) if mechanism == cases.SOFTMAX else None
+        options = cases.PAPER_OPTIONS.get(mechanism, {}) if self.options.protocol == "paper" else {}
+        return replace(self.network, mechanism=mechanism, image_size=image_size, options=options, softmax=softmax)
 
-    def cases(self, image_size: tuple[int, int]) -> dict[str, Case]:
-        return {mechanism: self.case(mechanism, image_size) for mechanism in self.mechanisms}
+    def image_sizes(self, resolutions: Sequence[int]) -> list[tuple[int, int]]:
+        """Sizes that the patch divides, in ascending order, without repetition; rounding down is noted.
+
+        Raises:
+            ValueError: Not even one patch fits.
+        """
+        sizes, (rows, columns) = [], self.patch_size
+        for res in sorted(set(resolutions)):
+            size = (res // rows * rows, res // columns * columns)
+            if min(size) < 1:
+                raise ValueError(f"--res {res}: smaller than one patch of {rows} x {columns}")
+            if size != (res, res):
+                self.notes.append(f"{res} px is not divisible by the patch of {rows} px: rounded down to {size[0]} px")
+            sizes.append(size)
+        return list(dict.fromkeys(sizes))
 
 
-def build_settings(options: argparse.Namespace) -> tuple[Settings, list[str]]:
-    """Settings, and notes about what was chosen; the first says which network.
+def build_settings(options: argparse.Namespace) -> Settings:
+    """Fills in what depends on the device.
 
     Raises:
-        ValueError: A mechanism that the bench does not know, or a backbone that is none.
+        ValueError: A mechanism that nobody has registered, a backbone that is none, or no GPU.
     """
-    check_mechanisms(options.mechanisms)
+    known = cases.known_mechanisms()
+    unknown = [name for name in options.mechanisms if name not in known]
+    if unknown:
+        raise ValueError(f"--mechanisms {unknown[0]}: the bench has {', '.join(known)}")
     device = pick_device(options.device)
-    on_gpu = device.type == "cuda"
-    backbone = default_backbone(device)
-    if options.backbone is not None:
-        backbone = Backbone(options.backbone, options.model_args or {})
-    elif options.model_args is not None:
-        backbone = replace(backbone, model_args=backbone.model_args | options.model_args)
-    model = backbone.build_outline()
-    why = "as asked for"
-    if options.backbone is None:
-        why = "the default on a GPU" if on_gpu else "the default on a CPU; on a GPU it is ViT-L/16"
-    patch = tuple(model.patch_embed.patch_size)
-    arguments = f" {json.dumps(backbone.model_args)}" if backbone.model_args else ""
+    on_gpu, paper = device.type == "cuda", options.protocol == "paper"
+    # DINOv2-style: with LayerScale.
+    default, model_args = "vit_large_patch16_224" if on_gpu else "vit_small_patch16_224", {"init_values": 1e-5}
+    model_args = ({} if options.backbone else model_args) | (options.model_args or {})
+    network = cases.Case(options.backbone or default, model_args, batch=options.batch)
+    outline = cases.build_outline(network)
+    why = "the default on a GPU" if on_gpu else "the default on a CPU; on a GPU it is ViT-L/16"
+    arguments = f" {json.dumps(network.model_args)}" if network.model_args else ""
     notes = [
-        f"backbone {backbone.name}{arguments}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"patch {patch[0]} ({why})"
+        f"backbone {network.backbone}{arguments}, {sum(p.numel() for p in outline.parameters()) / 1e6:.2f} M "
+        f"parameters, patch {outline.patch_embed.patch_size[0]} ({'as asked for' if options.backbone else why})"
     ]
     dtype, reason = options.dtype, "as asked for"
-    if dtype == "auto" and options.protocol == "paper":
-        dtype, reason = "float32", "the protocol's"
-    elif dtype == "auto":
-        pays = on_gpu or bfloat16_pays_on_cpu()
+    if dtype == "auto":
+        pays = not paper and (on_gpu or timing.bfloat16_pays_on_cpu())
         dtype = "bfloat16" if pays else "float32"
-        reason = "the protocol's" if pays else "this CPU has no fast bfloat16"
+        reason = "the protocol's" if pays or paper else "this CPU has no fast bfloat16"
     notes.append(f"protocol {options.protocol}, batch {options.batch}, {dtype} ({reason})")
-    compile_mode = options.compile
-    if compile_mode == "auto" and options.protocol == "paper":
-        compile_mode = "off"
-    settings = Settings(
-        backbone=backbone,
-        outline=model,
-        device=device,
-        protocol=options.protocol,
-        dtype=dtype,
-        batch=options.batch,
-        mechanisms=tuple(name for name in MECHANISMS if name in options.mechanisms),
-        most_rounds=options.rounds,
-        compile=compile_mode,
-        sdpa=options.sdpa,
-    )
-    return settings, notes
+    mechanisms = tuple(name for name in known if name in options.mechanisms)
+    return Settings(options, device, replace(network, dtype=dtype), outline, mechanisms, notes)
 
 
 def pick_device(name: str) -> torch.device:
@@ -138,14 +128,58 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
-def image_sizes(settings: Settings, resolutions: Sequence[int], notes: list[str]) -> list[tuple[int, int]]:
-    """Sizes that the patch divides, in ascending order; rounding is noted."""
-    sizes = []
-    for res in sorted(set(resolutions)):
-        size = rounded_size(res, settings.patch_size)
-        if size != (res, res):
-            patch = settings.patch_size
-            notes.append(f"{res} px is not divisible by the patch of {patch[0]} px: rounded down to {size[0]} px")
-        if size not in sizes:
-            sizes.append(size)
-    return sizes
+def conditions(settings: Settings) -> dict[str, Any]:
+    """What the numbers are measured under: ``machine`` of the schema. On a CPU the allocator is set here."""
+    on_gpu, network = settings.device.type == "cuda", settings.network
+    return {
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else _cpu_name(),
+        "device_type": settings.device.type,
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": load_average(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "driver": timing.nvml(settings.device, "nvmlSystemGetDriverVersion"),
+        "backbone": network.backbone,
+        "model_args": network.model_args,
+        "patch_size": list(settings.patch_size),
+        "num_prefix_tokens": settings.outline.num_prefix_tokens,
+        "protocol": settings.options.protocol,
+        "dtype": network.dtype,
+        "batch": network.batch,
+        "tf32": False,
+        "compile": settings.compile,
+        "softmax": "fused" if settings.options.protocol == "best" else cases.UNFUSED,
+        "time_budget_s": settings.options.time_budget_s,
+        "freed_memory_kept": not on_gpu and keep_freed_memory(),
+        "huge_pages": not on_gpu and use_huge_pages(),
+    }
+
+
+def load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the project, with ``+`` where its files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

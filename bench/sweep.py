@@ -4,22 +4,23 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import cases
+import timing
 import torch
-from cases import NONE, SOFTMAX, capture_calls, make_images
-from prepare import Failure, Prepared, fail, prepare, release, say, time_rounds
-from results import CrossoverRow, SweepRow
+from measure import Prepared, fail, prepare, release, say, time_rounds
+from results import CrossoverRow, SweepRow, crossover
 from settings import Settings
-from timing import (
-    Runner,
-    Samples,
-    compiled_call,
-    crossover,
-    doubling_grids,
-    forward_runner,
-    measure_for,
-    percentile,
-    speedup,
-)
+
+SCOPES = ("operator", "network")
+
+
+def doubling_grids(most_tokens: int) -> list[tuple[int, int]]:
+    """Patch grids (rows, columns) from 8 x 8 on, each twice the last, square or twice as wide as high."""
+    grids, rows, columns = [], 8, 8
+    while rows * columns <= most_tokens:
+        grids.append((rows, columns))
+        rows, columns = (rows, 2 * columns) if rows == columns else (2 * rows, columns)
+    return grids
 
 
 def run_sweep(settings: Settings, most_tokens: int, budget_s: float) -> tuple[list[SweepRow], list[CrossoverRow]]:
@@ -30,67 +31,57 @@ def run_sweep(settings: Settings, most_tokens: int, budget_s: float) -> tuple[li
     for index, grid in enumerate(grids):
         image_size = tuple(count * patch for count, patch in zip(grid, settings.patch_size, strict=True))
         say(f"sweep: {image_size[0]} x {image_size[1]} px, {grid[0] * grid[1]} patches")
-        ready = prepare(settings, image_size, settings.mechanisms)
-        tokens = grid[0] * grid[1] + settings.outline.num_prefix_tokens
-        for scope in ("operator", "network"):
-            runners, seconds = ready.runners, ready.seconds
-            if scope == "operator":
-                runners, seconds = operator_runners(settings, ready, image_size)
+        prepared = prepare(settings, image_size, settings.mechanisms)
+        for scope in SCOPES:
+            runners = prepared.runners if scope == "network" else operator_runners(settings, prepared, image_size)
             # What is left, shared such that each count may take twice as long as the one before.
             share = max(0.0, deadline - time.monotonic()) / (2 ** (len(grids) - index + 1) - 2)
-            samples = time_rounds(settings, runners, seconds, share)
-            rows += sweep_rows(settings, ready, samples, scope, tokens)
-        del ready, runners, samples
+            samples = time_rounds(settings, runners, share)
+            tokens = grid[0] * grid[1] + settings.outline.num_prefix_tokens
+            rows += sweep_rows(settings, prepared, samples, scope, tokens)
+        del prepared, runners, samples
         release(settings.device)
-    return rows, crossover_rows(settings, rows)
+    return rows, list(crossover_rows(settings, rows))
 
 
 def operator_runners(
-    settings: Settings, ready: Prepared, image_size: tuple[int, int]
-) -> tuple[dict[str, Runner], dict[str, float]]:
+    settings: Settings, prepared: Prepared, image_size: tuple[int, int]
+) -> dict[str, timing.Runner]:  # fmt: skip
     """The mixing of the first block alone, over q, k, v as strided views of one packed projection.
 
     Compiled where the network is.
     """
-    measure = measure_for(settings.device)
-    runners, seconds = {}, {}
-    images = make_images(settings.case(NONE, image_size), settings.device)
-    for name, model in ready.models.items():
+    runners = {}
+    images = cases.make_images(settings.case(cases.NONE, image_size), settings.device)
+    for name, network in prepared.networks.items():
         pinned = settings.case(name, image_size).pinned_backend
-        call = capture_calls(model, forward_runner(lambda model=model: model(images), pinned))[0]
+        call = cases.capture_calls(network.model, timing.forward_runner(partial(network.model, images), pinned))[0]
         packed = torch.stack([x.transpose(1, 2) for x in (call.q, call.k, call.v)], dim=2)  # (B, N, 3, H, d)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        mix = partial(compiled_call(), call.mixer) if ready.is_compiled[name] else call.mixer
-        runners[name] = forward_runner(partial(mix, q, k, v, call.layout), pinned)
-        measure(runners[name], 1)
-        seconds[name] = measure(runners[name], 1)
-    return runners, seconds
+        mix = partial(timing.compiled_call(), call.mixer) if network.is_compiled else call.mixer
+        runner = timing.forward_runner(partial(mix, q, k, v, call.layout), pinned)
+        runners[name] = timing.warmed(runner, timing.measure_for(settings.device))
+    return runners
 
 
-def sweep_rows(settings: Settings, ready: Prepared, samples: Samples, scope: str, tokens: int) -> Iterator[SweepRow]:
+def sweep_rows(
+    settings: Settings, prepared: Prepared, samples: timing.Samples, scope: str, tokens: int
+) -> Iterator[SweepRow]:
+    errors = prepared.errors | samples.errors
     for mechanism in settings.mechanisms:
         row = SweepRow(mechanism, scope, tokens)
-        failure = ready.failures.get(mechanism)
-        if mechanism in samples.errors:
-            failure = Failure.of(samples.errors[mechanism])
-        if failure is not None:
-            fail(row, failure)
+        if mechanism in errors:
+            fail(row, errors[mechanism])
         else:
-            seconds = samples.seconds[mechanism]
-            row.latency_ms_p50 = 1000 * percentile([value for value in seconds if value is not None], 50)
-            if SOFTMAX in samples.seconds and SOFTMAX not in samples.errors:
-                row.ratio_vs_softmax = speedup(samples.seconds[SOFTMAX], seconds)
+            row.latency_ms_p50 = 1000 * timing.percentile(samples.seconds[mechanism], 50)
+            row.ratio_vs_softmax, _, _ = samples.against(cases.SOFTMAX, mechanism)
         yield row
 
 
-def crossover_rows(settings: Settings, rows: Sequence[SweepRow]) -> list[CrossoverRow]:
-    found = []
+def crossover_rows(settings: Settings, rows: Sequence[SweepRow]) -> Iterator[CrossoverRow]:
     for mechanism in settings.mechanisms:
-        for scope in ("operator", "network"):
-            points = [
-                (row.tokens, row.ratio_vs_softmax) for row in rows if (row.mechanism, row.scope) == (mechanism, scope)
-            ]
-            if mechanism != SOFTMAX and points:
-                where, counts = crossover(points), [tokens for tokens, _ in points]
-                found.append(CrossoverRow(mechanism, scope, where.kind, where.tokens, min(counts), max(counts)))
-    return found
+        for scope in SCOPES:
+            own = [row for row in rows if (row.mechanism, row.scope) == (mechanism, scope)]
+            if mechanism != cases.SOFTMAX and own:
+                kind, tokens = crossover([(row.tokens, row.ratio_vs_softmax) for row in own])
+                yield CrossoverRow(mechanism, scope, kind, tokens, own[0].tokens, own[-1].tokens)

@@ -1,27 +1,23 @@
-"""The clock: interleaved rounds, ratios within a round, energy, and the conditions that a number depends on.
+"""The clock: interleaved rounds, ratios within a round, energy, and what is put under it.
 
 Shapes: B batch, H heads, N tokens, d head dim.
 """
 
 import contextlib
 import copy
-import datetime
+import functools
 import math
-import os
-import platform
-import subprocess
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
-import timm
+import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,10 +36,6 @@ SDPA_BACKENDS = {
 # Above so many bytes the N x N matrix of the `math` backend is not even tried.
 LARGEST_MAP_BYTES = 2**31
 
-Call = Callable[[], Any]
-# (what to call, how often) -> seconds a call.
-Measure = Callable[["Runner", int], float]
-
 
 @dataclass(frozen=True)
 class Runner:
@@ -52,33 +44,41 @@ class Runner:
     Attributes:
         call: Does it once.
         context: What it is called in, entered before the clock starts.
+        seconds: What a call takes, roughly; known of a runner that is :func:`warmed`.
     """
 
-    call: Call
-    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    call: Callable[[], Any]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    seconds: float = math.nan
 
     def __call__(self) -> Any:
         with self.context():
             return self.call()
 
+    @property
+    def iterations(self) -> int:
+        """Calls that one sample is made of."""
+        return max(1, math.ceil(SHORTEST_SAMPLE_S / max(self.seconds, 1e-9)))
 
-def wall_clock(clock: Callable[[], float] = time.perf_counter) -> Measure:
-    """Measures on the host, for devices that finish before they return."""
 
-    def measure(runner: Runner, iterations: int) -> float:
+# (what to call, how often) -> seconds a call.
+Measure = Callable[[Runner, int], float]
+
+
+def measure_for(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Measure:
+    """Measures on the host where calls finish before they return; on a GPU between two events around all of them.
+
+    There the time in which the GPU waits for the host counts.
+    """
+
+    def on_host(runner: Runner, iterations: int) -> float:
         with runner.context():
             started = clock()
             for _ in range(iterations):
                 runner.call()
             return (clock() - started) / iterations
 
-    return measure
-
-
-def cuda_events(device: torch.device) -> Measure:
-    """Measures on the GPU, between two events around all iterations: time in which it waits for the host counts."""
-
-    def measure(runner: Runner, iterations: int) -> float:
+    def on_gpu(runner: Runner, iterations: int) -> float:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with runner.context(), torch.cuda.device(device):
             torch.cuda.synchronize(device)
@@ -89,11 +89,13 @@ def cuda_events(device: torch.device) -> Measure:
             torch.cuda.synchronize(device)
         return first.elapsed_time(last) / 1000 / iterations
 
-    return measure
+    return on_gpu if device.type == "cuda" else on_host
 
 
-def measure_for(device: torch.device) -> Measure:
-    return cuda_events(device) if device.type == "cuda" else wall_clock()
+def warmed(runner: Runner, measure: Measure) -> Runner:
+    """The runner after a first call, with the seconds of its second."""
+    measure(runner, 1)
+    return replace(runner, seconds=measure(runner, 1))
 
 
 @dataclass
@@ -110,32 +112,40 @@ class Samples:
     errors: dict[str, Exception] = field(default_factory=dict)
     rounds: int = 0
 
+    def against(self, baseline: str, name: str) -> tuple[float | None, float | None, float | None]:
+        """:func:`speedup` of a case over another one; None where there is no such one or it failed."""
+        if baseline not in self.seconds or baseline in self.errors:
+            return None, None, None
+        return speedup(self.seconds[baseline], self.seconds[name])
+
 
 def interleave(
     cases: Mapping[str, Runner],
-    rounds: int,
-    iterations: Mapping[str, int],
     measure: Measure,
-    stop: Callable[[int], bool] = lambda done: False,
+    most_rounds: int,
+    budget_s: float,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Samples:
     """Times every case once a round, each round beginning with another case, so that a drifting machine hits all alike.
 
+    A round begins if it is expected to end within the budget; :data:`LEAST_ROUNDS` there are in any case.
+
     Args:
-        cases: By name.
-        rounds: How many at most.
-        iterations: Calls of a case in one round.
+        cases: By name, warmed.
         measure: Times one case.
-        stop: Called with the number of rounds done before another begins.
+        most_rounds: How many rounds at most.
+        budget_s: Seconds for all of them.
+        clock: In seconds.
     """
-    samples = Samples({name: [] for name in cases})
-    names = list(cases)
-    while samples.rounds < rounds and not stop(samples.rounds):
-        first = samples.rounds % len(names) if names else 0
+    samples, names = Samples({name: [] for name in cases}), list(cases)
+    deadline = clock() + budget_s - sum(runner.iterations * runner.seconds for runner in cases.values())
+    while names and samples.rounds < most_rounds and (samples.rounds < LEAST_ROUNDS or clock() <= deadline):
+        first = samples.rounds % len(names)
         for name in names[first:] + names[:first]:
             seconds = None
             if name not in samples.errors:
                 try:
-                    seconds = measure(cases[name], iterations[name])
+                    seconds = measure(cases[name], cases[name].iterations)
                 except Exception as error:
                     samples.errors[name] = error
             samples.seconds[name].append(seconds)
@@ -143,15 +153,15 @@ def interleave(
     return samples
 
 
-def round_ratios(baseline: Sequence[float | None], case: Sequence[float | None]) -> list[float]:
-    """How many times faster ``case`` is than ``baseline``, in each round that has both."""
-    return [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
+def speedup(
+    baseline: Sequence[float | None], case: Sequence[float | None]
+) -> tuple[float | None, float | None, float | None]:
+    """How many times faster ``case`` is: the median of the ratios within a round, and :func:`median_interval` of it.
 
-
-def speedup(baseline: Sequence[float | None], case: Sequence[float | None]) -> float | None:
-    """How many times faster ``case`` is than ``baseline``: the median of their ratios within a round."""
-    ratios = round_ratios(baseline, case)
-    return median(ratios) if ratios else None
+    None where no round has both.
+    """
+    ratios = [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
+    return (median(ratios), *median_interval(ratios)) if ratios else (None, None, None)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -168,26 +178,12 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[beyond], ordered[n - 1 - beyond]
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linearly interpolated between the sorted values."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+def percentile(values: Sequence[float | None], percent: float) -> float:
+    """Of those there are, linearly interpolated between the sorted values."""
+    return float(np.percentile([value for value in values if value is not None], percent))
 
 
-def iterations_for(seconds: float, shortest_s: float = SHORTEST_SAMPLE_S) -> int:
-    """Calls that a sample is made of, for a case that takes ``seconds``."""
-    return max(1, math.ceil(shortest_s / max(seconds, 1e-9)))
-
-
-def rounds_within(budget_s: float, round_s: float, most: int) -> int:
-    """Rounds that fit into a budget, but never fewer than :data:`LEAST_ROUNDS`, and never more than ``most``."""
-    return max(min(LEAST_ROUNDS, most), min(most, int(budget_s / max(round_s, 1e-9))))
-
-
-def forward_runner(call: Call, sdpa_backend: str | None = None) -> Runner:
+def forward_runner(call: Callable[[], Any], sdpa_backend: str | None = None) -> Runner:
     """``call`` without gradients, softmax's kernel pinned where there is one to pin."""
 
     @contextlib.contextmanager
@@ -198,7 +194,7 @@ def forward_runner(call: Call, sdpa_backend: str | None = None) -> Runner:
     return Runner(call, context)
 
 
-def pinned_sdpa(backend: str | None) -> AbstractContextManager:
+def pinned_sdpa(backend: str | None) -> contextlib.AbstractContextManager:
     """Only this backend of scaled_dot_product_attention, which then fails where it cannot run; None leaves them all."""
     return contextlib.nullcontext() if backend is None else sdpa_kernel(SDPA_BACKENDS[backend])
 
@@ -206,26 +202,17 @@ def pinned_sdpa(backend: str | None) -> AbstractContextManager:
 def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5) -> str:
     """The backend that takes least time over these very inputs (B, H, N, d): softmax is to be at its best."""
     measure, taken = measure_for(q.device), {}
+    batch, heads, num_tokens, _ = q.shape
     for name in SDPA_BACKENDS:
-        batch, heads, num_tokens, _ = q.shape
         if name == "math" and taken and batch * heads * num_tokens**2 * q.element_size() > LARGEST_MAP_BYTES:
             continue
-
-        def call(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-        runner = forward_runner(call, name)
-        try:
-            with warnings.catch_warnings():
-                # PyTorch explains at length why a backend cannot run.
-                warnings.simplefilter("ignore")
-                measure(runner, 1)
-                once = measure(runner, 1)
-                more = min(20, 1 + int(budget_s / max(once, 1e-6)))
-                taken[name] = min(once, *(measure(runner, 1) for _ in range(more)))
-        except RuntimeError:
-            # Not for this device, dtype or size.
-            continue
+        runner = forward_runner(functools.partial(F.scaled_dot_product_attention, q, k, v), name)
+        # A RuntimeError means that it is not for this device, dtype or size; PyTorch warns at length why.
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+            warnings.simplefilter("ignore")
+            once = warmed(runner, measure).seconds
+            more = min(20, 1 + int(budget_s / max(once, 1e-6)))
+            taken[name] = min(once, *(measure(runner, 1) for _ in range(more)))
     if not taken:
         raise RuntimeError(f"no backend of scaled_dot_product_attention takes {tuple(q.shape)} in {q.dtype}")
     return min(taken, key=taken.get)
@@ -234,7 +221,7 @@ def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5)
 class CompiledBlock(nn.Module):
     """A transformer block that is called through a compiled function."""
 
-    def __init__(self, block: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]):
+    def __init__(self, block: nn.Module, call: Callable[..., Tensor]):
         super().__init__()
         self.block, self.call = block, call
 
@@ -268,29 +255,19 @@ def compiled(model: VisionTransformer, backend: str = "inductor") -> VisionTrans
     return twin
 
 
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """float32 that is float32 on a GPU as well, in matrix products and convolutions."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv if _has_new_switches() else torch.backends.cudnn)
-    name, exact = ("fp32_precision", "ieee") if _has_new_switches() else ("allow_tf32", False)
-    before = [getattr(backend, name) for backend in backends]
-    for backend in backends:
-        setattr(backend, name, exact)
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
+def switch_off_tf32() -> None:
+    """Makes float32 float32 on a GPU as well, in matrix products and convolutions, from here on."""
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends.cudnn, "conv"):  # since PyTorch 2.9, where the older switch must not be used beside it
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    else:
+        torch.backends.cudnn.allow_tf32 = False
 
 
-def _has_new_switches() -> bool:
-    return hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(torch.backends.cudnn, "conv")
-
-
-def train_runner(student: VisionTransformer, teacher: VisionTransformer, images: Tensor, lr: float = 1e-5) -> Runner:
+def train_runner(student: VisionTransformer, teacher: VisionTransformer, images: Tensor) -> Runner:
     """One Stage 2 step in plain PyTorch: frozen teacher, student, loss on all tokens, backward, AdamW."""
-    stage = FeatureAlignment(student.requires_grad_(True).train(), teacher).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
+    stage = FeatureAlignment(student.requires_grad_(True).train(), teacher, "mse").train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
 
     def step() -> None:
         stage({"image": images})["loss"].backward()
@@ -300,111 +277,41 @@ def train_runner(student: VisionTransformer, teacher: VisionTransformer, images:
     return Runner(step)
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """From how many tokens on a mechanism beats softmax.
-
-    Attributes:
-        tokens: Interpolated on log scales between the counts measured; None unless ``kind`` is ``within``.
-        kind: ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements.
-    """
-
-    tokens: float | None
-    kind: Literal["within", "always", "never", "unknown"]
-
-
-def crossover(points: Sequence[tuple[int, float | None]]) -> Crossover:
-    """Where the ratio to softmax reaches 1 for good.
+def nvml(device: torch.device, function: str) -> Any:
+    """What NVIDIA's management library answers about a GPU (or its system); None where it gives no answer.
 
     Args:
-        points: Tokens and how many times faster than softmax, None where that could not be measured.
+        device: Where it is none of NVIDIA's, there is no answer.
+        function: Name of one of its functions, which takes the GPU's handle, or nothing if it is an ``nvmlSystem...``.
     """
-    known = sorted((tokens, ratio) for tokens, ratio in points if ratio is not None and ratio > 0)
-    if not known:
-        return Crossover(None, "unknown")
-    slower = [index for index, (_, ratio) in enumerate(known) if ratio < 1]
-    if not slower:
-        return Crossover(None, "always")
-    last = slower[-1]
-    if last == len(known) - 1:
-        return Crossover(None, "never")
-    (tokens, ratio), (next_tokens, next_ratio) = known[last], known[last + 1]
-    share = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
-    return Crossover(math.exp(math.log(tokens) + share * math.log(next_tokens / tokens)), "within")
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        handle = () if function.startswith("nvmlSystem") else (pynvml.nvmlDeviceGetHandleByUUID(name.encode()),)
+        return getattr(pynvml, function)(*handle)
+    except pynvml.NVMLError:
+        # No driver library, no permission, a part of a GPU: a number that is missing, not a failure of the bench.
+        return None
 
 
-def doubling_grids(most_tokens: int, least_tokens: int = 64) -> list[tuple[int, int]]:
-    """Patch grids (rows, columns), each twice the last, square or twice as wide as high."""
-    grids, rows, columns = [], 8, 8
-    while rows * columns <= most_tokens:
-        if rows * columns >= least_tokens:
-            grids.append((rows, columns))
-        rows, columns = (rows, 2 * columns) if rows == columns else (2 * rows, columns)
-    return grids
-
-
-class Nvml:
-    """NVIDIA's management library for one GPU; every answer is None where it gives none."""
-
-    def __init__(self, device: torch.device):
-        self._nvml = self._handle = None
-        if device.type != "cuda":
-            return
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(name.encode())
-            self._nvml = pynvml
-        except pynvml.NVMLError:
-            # No driver library, no permission, a part of a GPU: a number that is missing, not a failure of the bench.
-            self._nvml = self._handle = None
-
-    def ask(self, function: str) -> Any:
-        """What ``pynvml.<function>(handle)`` returns."""
-        if self._nvml is None:
-            return None
-        try:
-            return getattr(self._nvml, function)(self._handle)
-        except self._nvml.NVMLError:
-            return None
-
-    @property
-    def driver(self) -> str | None:
-        if self._nvml is None:
-            return None
-        version = self._nvml.nvmlSystemGetDriverVersion()
-        return version.decode() if isinstance(version, bytes) else version
-
-    @property
-    def energy_mj(self) -> int | None:
-        """Energy drawn since the driver was loaded, in millijoules."""
-        return self.ask("nvmlDeviceGetTotalEnergyConsumption")
-
-
-def process_memory_mib(device: torch.device) -> float | None:
-    """Memory of the GPU that NVML books on this process, in MiB; None where it does not say."""
-    processes = Nvml(device).ask("nvmlDeviceGetComputeRunningProcesses") or []
-    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-    return own[0] / 2**20 if own and own[0] is not None else None
-
-
-def energy_mj_per_image(
-    runner: Runner, batch: int, seconds: float, nvml: Nvml, device: torch.device, window_s: float = 2.0
-) -> float | None:
+def energy_mj_per_image(runner: Runner, batch: int, device: torch.device, window_s: float = 2.0) -> float | None:
     """Energy of the whole GPU over at least ``window_s`` of nothing but this case, in millijoules an image.
 
     NVML's counter moves about ten times a second, so that the window must be long against that.
     """
-    if nvml.energy_mj is None:
+    counter = "nvmlDeviceGetTotalEnergyConsumption"
+    if nvml(device, counter) is None:
         return None
-    iterations = max(1, math.ceil(window_s / seconds))
+    iterations = max(1, math.ceil(window_s / runner.seconds))
     torch.cuda.synchronize(device)
-    before = nvml.energy_mj
+    before = nvml(device, counter)
     measure_for(device)(runner, iterations)
-    after = nvml.energy_mj
+    after = nvml(device, counter)
     return None if before is None or after is None else (after - before) / (iterations * batch)
 
 
@@ -416,51 +323,6 @@ def bfloat16_pays_on_cpu() -> bool:
     taken = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(1025, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
-        runner = Runner(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))
-        taken[dtype] = min(wall_clock()(runner, 1) for _ in range(5))
+        runner = Runner(functools.partial(F.linear, x, weight))
+        taken[dtype] = min(measure_for(x.device)(runner, 1) for _ in range(5))
     return taken[torch.bfloat16] < 0.8 * taken[torch.float32]
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads and precision switches, as they are recorded beside the numbers."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "device_type": device.type,
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "driver": Nvml(device).driver,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the project, with ``+`` where files differ from it; None outside a checkout."""
-    project = Path(__file__).resolve().parent.parent
-    said = []
-    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"]):
-        try:
-            done = subprocess.run(["git", *command], cwd=project, capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        if done.returncode:
-            return None
-        said.append(done.stdout.strip())
-    return said[0] + ("+" if said[1] else "")

@@ -35,12 +35,19 @@ class NoOptions:
 class TokenMixer(nn.Module):
     """Mixes values over tokens: the part of attention in which the mechanisms differ.
 
-    A subclass sets ``Options`` (a frozen dataclass, every field with a default) and implements ``forward``. It takes
-    q, k, v as they leave the packed projection: no scale applied, possibly strided views. Feature maps, normalisers
-    and sums over tokens are computed in float32 (float64 for float64 input) with autocast off.
+    A subclass sets ``Options`` (a frozen dataclass, every field with a default) and implements ``forward`` and
+    ``reference``. Both take q, k, v as they leave the packed projection: no scale applied, possibly strided views.
+    Feature maps, normalisers and sums over tokens are computed in float32 (float64 for float64 input) with autocast
+    off.
+
+    Attributes:
+        Options: Class of the options.
+        rows_are_independent: Whether a row of the output depends on its own query alone, so that ``reference`` may be
+            given some of the queries and then returns their rows.
     """
 
     Options: ClassVar[type] = NoOptions
+    rows_are_independent: ClassVar[bool] = False
 
     def __init__(self, shape: AttentionShape, options: Any = None):
         super().__init__()
@@ -67,6 +74,29 @@ class TokenMixer(nn.Module):
         What changes in the course of training changes here, as a function of the step alone: forward passes are more
         or fewer depending on micro-batches and recomputation.
         """
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        """What ``forward`` has to give, by way of the N x N matrix: for tests, and before a mechanism is timed.
+
+        The mixer's own weights are converted to the dtype and device of ``q``; gradients reach them.
+
+        Args:
+            q: Queries of the chosen heads, (B, heads, N, d), float64 to compare with; fewer of them where
+                ``rows_are_independent``.
+            k: Their keys, (B, heads, N, d).
+            v: Their values, (B, heads, N, d).
+            layout: Layout of the N tokens.
+            heads: Which of the mixer's heads these are.
+
+        Returns:
+            The shape of ``q``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no reference: what it computes cannot be checked")
+
+    @property
+    def reference_width(self) -> int:
+        """Entries that ``reference`` holds for each pair of tokens: 1 where an N x N matrix is its largest tensor."""
+        return 1
 
     def extra_repr(self) -> str:
         return repr(self.options)

@@ -79,9 +79,13 @@ class LinearMixer(TokenMixer):
     """
 
     Options = LinearOptions
+    rows_are_independent = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         return linear_attention(elu_plus_one(q), elu_plus_one(k), v, den_added=self.options.den_added)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        return elu_attention_reference(q, k, v, self.options.den_added)
 
 
 def elu_attention_reference(q: Tensor, k: Tensor, v: Tensor, den_added: float = 1e-6) -> Tensor:

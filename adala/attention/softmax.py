@@ -28,9 +28,13 @@ class SoftmaxMixer(TokenMixer):
     """softmax(scale q k^T) v through the fused kernel of PyTorch, bit for bit as timm computes it. 2 N^2 D MACs."""
 
     Options = SoftmaxOptions
+    rows_are_independent = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=self.options.scale)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
+        return softmax_attention_reference(q, k, v, self.options.scale)
 
 
 def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -1,88 +1,39 @@
-"""Every mixer against its dense N x N reference: the output and the gradient of every input and parameter."""
+"""Every mixer against its own dense N x N reference: the output and the gradient of every input and parameter."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adala.attention import TokenLayout, TokenMixer
-from adala.attention.linear import elu_attention_reference
-from adala.attention.softmax import softmax_attention_reference
-from baselines.cosformer import cosformer_reference
-from baselines.hedgehog import hedgehog_reference
-from baselines.linformer import linformer_reference
-from baselines.lolcats import lolcats_reference
-from baselines.monarch import monarch_reference
-from baselines.nystromformer import nystromformer_reference
-from baselines.performer import performer_reference
+from adala.attention import AttentionShape, TokenLayout, TokenMixer, mechanism_names, resolve_mechanism
 
-Reference = Callable[[TokenMixer, Tensor, Tensor, Tensor, TokenLayout], Tensor]
-
-
-def hedgehog(mixer, q, k, v, layout):
-    key_weight = mixer.query_weight if mixer.options.tied else mixer.key_weight
-    return hedgehog_reference(q, k, v, mixer.query_weight, key_weight, mixer.options)
-
-
-def lolcats(mixer, q, k, v, layout):
-    return lolcats_reference(q, k, v, mixer.query_weight, mixer.key_weight, mixer.options)
-
-
-def linformer(mixer, q, k, v, layout):
-    return linformer_reference(q, k, v, mixer.key_projection, mixer.value_projection, mixer.options.scale)
-
-
-def performer(mixer, q, k, v, layout):
-    return performer_reference(q, k, v, mixer.projection, mixer.options)
-
-
-def cosformer(mixer, q, k, v, layout):
-    return cosformer_reference(q, k, v, layout, mixer.options)
-
-
-def nystromformer(mixer, q, k, v, layout):
-    return nystromformer_reference(q, k, v, mixer.options, mixer.conv_weight)
-
-
-def monarch(mixer, q, k, v, layout):
-    return monarch_reference(q, k, v, mixer.options.block_size or layout.grid_size[1], mixer.options)
-
-
-def softmax(mixer, q, k, v, layout):
-    return softmax_attention_reference(q, k, v, mixer.options.scale)
-
-
-def linear(mixer, q, k, v, layout):
-    return elu_attention_reference(q, k, v, mixer.options.den_added)
-
-
-CASES: list[tuple[str, dict[str, Any], Reference]] = [
-    ("softmax", {}, softmax),
-    ("softmax", {"scale": 0.2}, softmax),
-    ("linear", {}, linear),
-    ("hedgehog", {}, hedgehog),
-    ("hedgehog", {"activation": "exp"}, hedgehog),
-    ("hedgehog", {"half": True, "feature_dim": 5, "den_added": 0.1}, hedgehog),
-    ("hedgehog", {"tied": True}, hedgehog),
-    ("lolcats", {}, lolcats),
-    ("linformer", {}, linformer),
-    ("linformer", {"init": "uniform", "scale": 0.5}, linformer),
-    ("performer", {}, performer),
-    ("performer", {"mode": "max"}, performer),
-    ("performer", {"mode": "relu", "row_norms": "constant"}, performer),
-    ("cosformer", {}, cosformer),
-    ("cosformer", {"prefix_position": "middle"}, cosformer),
-    ("cosformer", {"two_dimensional": True}, cosformer),
-    ("nystromformer", {}, nystromformer),
-    ("nystromformer", {"conv_kernel": 5, "pinv_iterations": 3}, nystromformer),
-    ("nystromformer", {"pinv_init": "global"}, nystromformer),
-    ("monarch", {}, monarch),
-    ("monarch", {"num_steps": 1}, monarch),
-    ("monarch", {"num_steps": 3, "block_size": 4, "padding_side": "right"}, monarch),
-    ("monarch", {"eps": 1e-2}, monarch),
-    ("monarch", {"eps": None, "num_steps": 3}, monarch),
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("softmax", {}),
+    ("softmax", {"scale": 0.2}),
+    ("linear", {}),
+    ("hedgehog", {}),
+    ("hedgehog", {"activation": "exp"}),
+    ("hedgehog", {"half": True, "feature_dim": 5, "den_added": 0.1}),
+    ("hedgehog", {"tied": True}),
+    ("lolcats", {}),
+    ("linformer", {}),
+    ("linformer", {"init": "uniform", "scale": 0.5}),
+    ("performer", {}),
+    ("performer", {"mode": "max"}),
+    ("performer", {"mode": "relu", "row_norms": "constant"}),
+    ("cosformer", {}),
+    ("cosformer", {"prefix_position": "middle"}),
+    ("cosformer", {"two_dimensional": True}),
+    ("nystromformer", {}),
+    ("nystromformer", {"conv_kernel": 5, "pinv_iterations": 3}),
+    ("nystromformer", {"pinv_init": "global"}),
+    ("nystromformer", {"num_landmarks": 64, "conv_kernel": 5}),
+    ("monarch", {}),
+    ("monarch", {"num_steps": 1}),
+    ("monarch", {"num_steps": 3, "block_size": 4, "padding_side": "right"}),
+    ("monarch", {"eps": 1e-2}),
+    ("monarch", {"eps": None, "num_steps": 3}),
 ]
 
 LAYOUTS = [TokenLayout((5, 7), 0), TokenLayout((5, 7), 1), TokenLayout((9, 4), 5)]
@@ -94,20 +45,20 @@ def relative_rms(ours: Tensor, reference: Tensor) -> float:
 
 
 def case_id(case) -> str:
-    name, options, _ = case
+    name, options = case
     return "-".join([name, *(f"{key}={value}" for key, value in options.items())])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.num_prefix_tokens}prefix")
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_output_and_gradients_equal_those_of_the_dense_reference(case, layout, packed_qkv, small_mixer):
-    name, options, reference = case
+    name, options = case
     mixer = small_mixer(name, layout, options=options)
     inputs = [x.detach().requires_grad_() for x in packed_qkv(layout)]
     sources = {"q": inputs[0], "k": inputs[1], "v": inputs[2], **dict(mixer.named_parameters())}
     out_gradient = torch.randn(inputs[2].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     results = []
-    for out in (mixer(*inputs, layout), reference(mixer, *inputs, layout)):
+    for out in (mixer(*inputs, layout), mixer.reference(*inputs, layout)):
         results.append(
             {"out": out}
             | dict(zip(sources, torch.autograd.grad(out, list(sources.values()), out_gradient), strict=True))
@@ -120,7 +71,31 @@ def test_output_and_gradients_equal_those_of_the_dense_reference(case, layout, p
 @pytest.mark.parametrize("name", ["linformer", "cosformer", "monarch", "nystromformer"])
 def test_a_current_image_of_another_size_than_at_construction(name, packed_qkv, small_mixer):
     """The mechanisms that know N or the grid follow the current image, here a smaller and non-square one."""
-    reference = next(reference for case_name, _, reference in CASES if case_name == name)
     mixer, layout = small_mixer(name, TokenLayout((6, 6), 1)), TokenLayout((3, 7), 1)
     q, k, v = packed_qkv(layout)
-    assert relative_rms(mixer(q, k, v, layout), reference(mixer, q, k, v, layout)) < 1e-12
+    assert relative_rms(mixer(q, k, v, layout), mixer.reference(q, k, v, layout)) < 1e-12
+
+
+@pytest.mark.parametrize("name", mechanism_names())
+def test_a_reference_of_one_head_is_that_head_of_the_whole(name, packed_qkv, small_mixer):
+    options = {"conv_kernel": 3} if name == "nystromformer" else {}
+    mixer, layout = small_mixer(name, TokenLayout((5, 7), 1), options=options).float(), TokenLayout((5, 7), 1)
+    q, k, v = packed_qkv(layout)
+    whole = mixer.reference(q, k, v, layout)
+    head = mixer.reference(*(x[:, 1:2] for x in (q, k, v)), layout, slice(1, 2))
+    assert whole.dtype == head.dtype == torch.float64, "float32 weights, but float64 inputs"
+    torch.testing.assert_close(head, whole[:, 1:2], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in mechanism_names() if resolve_mechanism(name).rows_are_independent])
+def test_rows_said_to_be_independent_are(name, packed_qkv, small_mixer):
+    mixer, layout = small_mixer(name, TokenLayout((5, 7), 1)), TokenLayout((5, 7), 1)
+    q, k, v = packed_qkv(layout)
+    rows = torch.tensor([0, 9, 35])
+    expected = mixer.reference(q, k, v, layout)[:, :, rows]
+    torch.testing.assert_close(mixer.reference(q[:, :, rows], k, v, layout), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mixer_without_a_reference_says_so():
+    with pytest.raises(NotImplementedError, match="TokenMixer has no reference"):
+        TokenMixer(AttentionShape(1, 1, TokenLayout((1, 1), 0))).reference(*torch.zeros(3, 1, 1, 1, 1), None)

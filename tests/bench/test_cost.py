@@ -1,22 +1,108 @@
-"""Formulas of parameters and MACs: against PyTorch's counter, against a count by hand, and the paper's network."""
+"""PyTorch's counter against formulas, against a count by hand, and the paper's network."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import run_all
 import torch
-from cases import MECHANISMS, PAPER_OPTIONS, UNFUSED, Backbone, Case, build_model, mechanism_options
-from cost import (
-    MixerSize,
-    analytic_macs,
-    build_meta_model,
-    counted_macs,
-    measure_cost,
-    monarch_macs,
-    num_parameters,
-    resolved_options,
-)
+from cases import MECHANISMS, PAPER_OPTIONS, UNFUSED, Case, build_model
+from cost import measure_cost
+from results import read_results
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-TINY = Backbone("test_vit", {"depth": 2})
-LARGE = Backbone("vit_large_patch16_224", {"init_values": 1e-5})
+from adala.attention import resolve_mechanism
+from adala.attention.linear import LinearMixer
+
+TINY = Case("test_vit", {"depth": 2})
+PUBLISHED = Path(__file__).parents[2] / "docs" / "bench" / "cpu" / "results.json"
+LARGE = Case("vit_large_patch16_224", {"init_values": 1e-5}, image_size=(512, 512))
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """MACs of one layer's mixing by formula, a method for each mechanism.
+
+    Attributes:
+        tokens: N.
+        heads: H.
+        head_dim: d.
+        grid_width: Columns of the patch grid.
+        options: Of the mechanism.
+    """
+
+    tokens: int
+    heads: int
+    head_dim: int
+    grid_width: int
+    options: Any = None
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+    def linear_form(self, features: int) -> int:
+        """a (b^T v) and the normaliser a . sum b: 2 N M D + N M H."""
+        return self.tokens * features * (2 * self.dim + self.heads)
+
+    def none(self) -> int:
+        return 0
+
+    def softmax(self) -> int:
+        """Scores and weighted values."""
+        return 2 * self.tokens**2 * self.dim
+
+    def linear(self) -> int:
+        return self.linear_form(self.head_dim)
+
+    def hedgehog(self) -> int:
+        """2 N D f for the feature maps; 2f features."""
+        columns = self.options.feature_dim or max(1, self.head_dim // 2)
+        features = columns if self.options.half else 2 * columns
+        return 2 * self.tokens * self.dim * columns + self.linear_form(features)
+
+    lolcats = hedgehog
+
+    def linformer(self) -> int:
+        """Projected keys and values, scores, weighted values."""
+        return 4 * self.tokens * min(self.options.num_landmarks, self.tokens) * self.dim
+
+    def performer(self) -> int:
+        """2 N D M for the projections."""
+        features = self.options.num_features
+        return 2 * self.tokens * self.dim * features + self.linear_form(features)
+
+    def cosformer(self) -> int:
+        """2d features, 4d in two dimensions."""
+        return self.linear_form(self.head_dim * (4 if self.options.two_dimensional else 2))
+
+    def nystromformer(self) -> int:
+        """4 M^3 H for each step of the pseudo-inverse; the convolution's N D kernel; means are free."""
+        tokens, landmarks = self.tokens, self.options.num_landmarks
+        convolution = tokens * self.dim * (self.options.conv_kernel or 0)
+        if tokens <= landmarks:
+            return self.softmax() + convolution
+        inverse = 4 * self.options.pinv_iterations * landmarks**3 * self.heads
+        return 4 * tokens * landmarks * self.dim + 2 * landmarks**2 * self.dim + inverse + convolution
+
+    def monarch(self) -> int:
+        """M b D ((2T + 1) b + 2 T M) for T steps, M blocks of b tokens, padding included."""
+        block, steps = self.options.block_size or self.grid_width, self.options.num_steps
+        blocks = -(-self.tokens // block)
+        return blocks * block * self.dim * ((2 * steps + 1) * block + 2 * steps * blocks)
+
+
+def formula(case: Case, model: nn.Module) -> int:
+    """MACs of one image: patch embedding, every linear layer of the blocks, and the mixing."""
+    rows, columns = (size // patch for size, patch in zip(case.image_size, model.patch_embed.patch_size, strict=True))
+    tokens = rows * columns + model.num_prefix_tokens
+    layers = sum(m.in_features * m.out_features for m in model.blocks.modules() if isinstance(m, nn.Linear))
+    options = None if case.mechanism == "none" else resolve_mechanism(case.mechanism).Options(**case.options)
+    mixing = [Mixing(tokens, b.attn.num_heads, b.attn.head_dim, columns, options) for b in model.blocks]
+    mixed = sum(getattr(layer, case.mechanism)() for layer in mixing)
+    return rows * columns * model.patch_embed.proj.weight.numel() + tokens * layers + mixed
 
 
 class BruteCount(TorchFunctionMode):
@@ -45,36 +131,52 @@ class BruteCount(TorchFunctionMode):
 
 @pytest.mark.parametrize("options", ["default", "paper", "small"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_formula_agrees_with_two_counts(mechanism, options):
+def test_the_counter_agrees_with_formula_and_brute_force(mechanism, options):
     """On 35 tokens (5 x 7 patches would not fit a square) and with landmarks below and above that."""
     small = {"linformer": {"num_landmarks": 5}, "nystromformer": {"num_landmarks": 6, "conv_kernel": 3}}
     small |= {"hedgehog": {"half": True, "feature_dim": 5}, "cosformer": {"two_dimensional": True}}
     small |= {"performer": {"num_features": 9}, "monarch": {"block_size": 4, "num_steps": 3}}
     chosen = {"default": {}, "paper": PAPER_OPTIONS.get(mechanism, {}), "small": small.get(mechanism, {})}[options]
-    case = Case(TINY, mechanism, (80, 112), chosen, softmax=UNFUSED)
+    case = replace(TINY, mechanism=mechanism, image_size=(80, 112), options=chosen, softmax=UNFUSED)
     model = build_model(case)
     with torch.no_grad(), BruteCount() as brute:
         model(torch.randn(1, 3, *case.image_size))
-    assert analytic_macs(case, model) == brute.macs
-    assert counted_macs(case, build_meta_model(case)) == brute.macs
+    assert formula(case, model) == brute.macs
+    assert measure_cost(case).macs == brute.macs
 
 
-def test_a_mixer_that_does_more_than_its_formula_is_noticed(monkeypatch):
-    from adala.attention.linear import LinearMixer
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_the_counter_agrees_with_the_formula_in_the_papers_network(mechanism):
+    case = replace(LARGE, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {}))
+    with torch.device("meta"):
+        expected = formula(case, build_model(case))
+    assert measure_cost(case).macs == pytest.approx(expected, rel=0.01)
 
-    forward = LinearMixer.forward
+
+def test_a_mixer_that_does_more_than_its_formula_is_counted(monkeypatch):
+    case = replace(TINY, mechanism="linear", image_size=(512, 512))
+    before, forward = measure_cost(case).macs, LinearMixer.forward
     monkeypatch.setattr(LinearMixer, "forward", lambda self, q, k, v, t: forward(self, q, k, v, t) + 0 * (q @ k.mT) @ v)
-    cost = measure_cost(Case(TINY, "linear", (512, 512), {}))
-    assert cost.disagreement > 0.01
+    model = build_model(replace(TINY, mechanism="linear"))
+    attention = model.blocks[0].attn
+    twice = Mixing(32 * 32 + model.num_prefix_tokens, attention.num_heads, attention.head_dim, 32).softmax()
+    assert measure_cost(case).macs == before + len(model.blocks) * twice
 
 
 def test_the_papers_network_at_512_px():
-    costs = {m: measure_cost(Case(LARGE, m, (512, 512), mechanism_options(m, "paper"))) for m in ("softmax", "linear")}
+    costs = {
+        m: measure_cost(replace(LARGE, mechanism=m, options=PAPER_OPTIONS.get(m, {}))) for m in ("softmax", "linear")
+    }
     assert costs["softmax"].tokens == 1025
     assert costs["softmax"].parameters == costs["linear"].parameters == 304_198_656
     assert costs["softmax"].macs / 1e9 == pytest.approx(361.99, rel=1e-3)
     assert costs["linear"].macs / 1e9 == pytest.approx(313.57, rel=1e-3)
     assert (costs["softmax"].macs - costs["linear"].macs) / 1e9 == pytest.approx(48.4, abs=0.05)
+
+
+def test_the_published_table_of_the_papers_network():
+    published = {row["mechanism"]: row for row in read_results(PUBLISHED).paper}
+    assert {row["mechanism"]: row for row in run_all.paper_table()} == published
 
 
 @pytest.mark.parametrize(
@@ -91,12 +193,12 @@ def test_the_papers_network_at_512_px():
     ],
 )
 def test_the_papers_additional_parameters(mechanism, added):
-    model = build_meta_model(Case(LARGE, mechanism, (512, 512), mechanism_options(mechanism, "paper")))
-    assert num_parameters(model) == 304_198_656 + added
+    cost = measure_cost(replace(LARGE, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {})))
+    assert cost.parameters == 304_198_656 + added
 
 
 def test_monarch_with_the_papers_options_by_hand():
     """1025 tokens in 33 blocks of 32, three steps: M b D ((2T + 1) b + 2 T M)."""
-    size = MixerSize(num_tokens=1025, num_heads=16, head_dim=64, grid_width=32)
-    options = resolved_options("monarch", PAPER_OPTIONS["monarch"])
-    assert monarch_macs(size, options) == 33 * 32 * 1024 * (7 * 32 + 6 * 33)
+    options = resolve_mechanism("monarch").Options(**PAPER_OPTIONS["monarch"])
+    size = Mixing(tokens=1025, heads=16, head_dim=64, grid_width=32, options=options)
+    assert size.monarch() == 33 * 32 * 1024 * (7 * 32 + 6 * 33)

@@ -129,3 +129,22 @@ def test_text_from_errors_is_escaped(results):
 def test_a_report_without_anything_measured_is_still_written(tmp_path):
     write_report(tmp_path, Results({}))
     assert (tmp_path / "report.html").is_file()
+
+
+def test_the_published_report_is_read_and_told_as_it_was():
+    """docs/bench/cpu: the same sentences, tables and notes, but for where GMACs come from."""
+    published = DOCUMENT.parent / "bench" / "cpu"
+    told = markdown(read_results(published / "results.json")).splitlines()
+    before = (published / "report.md").read_text().splitlines()
+    assert len(told) == len(before)
+    changed = [line for line, earlier in zip(told, before, strict=True) if line != earlier]
+    assert all("by pytorch's counter" in line.lower() for line in changed)
+
+
+def test_empty_columns_are_left_out_and_missing_numbers_are_dashes(results):
+    told = markdown(results)
+    assert "| mechanism | ms p20 | p50 | p80 | images/s | vs softmax | vs none | gate |" in told
+    assert "train images/s" not in told
+    results.rows[1].train_img_s = 3.0
+    assert "| linear (AdaLA) | 9.9 | 10.0 | 10.1 | 100.00 | 0.50 x | 0.50 x | 3.00 | green |" in markdown(results)
+    assert "| monarch | - | - | - | - | - | - | not run | out of memory: it failed |" in markdown(results)

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run_all
 import torch
 from results import AccuracyRow, Results, Row, read_results
 
+from adala.attention import TokenMixer, registry
 from adala.attention.linear import LinearMixer
 from baselines.performer import PerformerMixer
 
@@ -47,7 +49,14 @@ def one_wrong_token(out, q, k, v):
     return out
 
 
+def wrong_last_head(out, q, k, v):
+    out = out.clone()
+    out[:, -1] *= 1.01
+    return out
+
+
 WRONG = {
+    "last head": wrong_last_head,
     "scaled": lambda out, q, k, v: 1.05 * out,
     "one token": one_wrong_token,
     "not a number": lambda out, q, k, v: torch.cat((out[..., :3, :], out[..., 3:, :] * torch.nan), dim=-2),
@@ -103,12 +112,32 @@ def test_an_exception_is_a_row_with_its_message_and_exit_code_1(bench, monkeypat
     assert rows["softmax"].throughput_img_s > 0
 
 
-def test_a_formula_that_disagrees_with_the_counter_fails_its_row(bench, monkeypatch):
-    plant(monkeypatch, lambda out, q, k, v: out + 0 * ((q @ k.mT) @ v))
-    code, rows = bench("--mechanisms", "softmax", "linear", "--res", "512")
-    assert code == 1
-    assert rows["linear"].error_kind == "macs" and rows["linear"].throughput_img_s is None
-    assert rows["linear"].gmacs < rows["linear"].gmacs_counted
+class HalvedMixer(LinearMixer):
+    """Another package's mechanism: half of vanilla linear attention, and a reference that says so."""
+
+    def forward(self, q, k, v, layout):
+        return 0.5 * super().forward(q, k, v, layout)
+
+    def reference(self, q, k, v, layout, heads=slice(None)):
+        return 0.5 * super().reference(q, k, v, layout, heads)
+
+
+class UncheckableMixer(LinearMixer):
+    """Another package's mechanism without a reference."""
+
+    reference = TokenMixer.reference
+
+
+def test_a_mechanism_of_another_package_is_gated_by_its_own_reference(bench, monkeypatch):
+    offered = {"halved": "HalvedMixer", "uncheckable": "UncheckableMixer"}
+    known = registry._targets() | {name: f"{__name__}:{attribute}" for name, attribute in offered.items()}
+    monkeypatch.setattr(registry, "_targets", lambda: known)
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(**globals()))
+    code, rows = bench("--mechanisms", "none", "halved", "softmax", "uncheckable")
+    assert list(rows) == ["softmax", "halved", "uncheckable", "none"]
+    assert rows["halved"].gate == "green" and rows["halved"].ratio_vs_softmax > 0 and rows["halved"].gmacs > 0
+    assert code == 1 and rows["uncheckable"].error_kind == "exception"
+    assert "UncheckableMixer has no reference" in rows["uncheckable"].error
 
 
 def test_training_speed_and_sweep(bench, tmp_path):

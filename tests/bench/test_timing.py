@@ -4,26 +4,26 @@ import math
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from allocator import HUGE_PAGES_SETTING
-from cases import MECHANISMS, Backbone, Case, build_model
+from cases import MECHANISMS, Case, build_model
+from results import crossover
+from sweep import doubling_grids
 from timing import (
-    Crossover,
     Runner,
+    Samples,
     compiled,
-    crossover,
-    doubling_grids,
     fastest_sdpa_backend,
     interleave,
-    iterations_for,
+    measure_for,
     median_interval,
     percentile,
-    rounds_within,
     speedup,
-    wall_clock,
+    warmed,
 )
 from torch._dynamo import reset
 from torch._dynamo.utils import counters
@@ -42,26 +42,34 @@ class FakeClock:
         return self.now
 
     def work(self, name: str, seconds: float) -> Runner:
+        """A runner that takes so long, known to it as a whole second, so that one call is a sample."""
+
         def call() -> None:
             self.order.append(name)
             self.now += seconds * self.pace
             self.pace *= self.drift
 
-        return Runner(call)
+        return Runner(call, seconds=1.0)
+
+    def interleave(self, cases: dict[str, Runner], rounds: int, budget_s: float = math.inf) -> Samples:
+        return interleave(cases, measure_for(torch.device("cpu"), self), rounds, budget_s, self)
 
 
 def test_every_round_times_every_case_and_begins_with_another():
     clock = FakeClock()
     cases = {name: clock.work(name, 1.0) for name in "abc"}
-    samples = interleave(cases, 4, dict.fromkeys("abc", 1), wall_clock(clock))
+    samples = clock.interleave(cases, 4)
     assert "".join(clock.order) == "abc" + "bca" + "cab" + "abc"
     assert samples.seconds == {name: [1.0] * 4 for name in "abc"}
 
 
-def test_a_sample_is_the_mean_of_its_iterations():
+def test_a_sample_is_the_mean_of_as_many_calls_as_its_length_needs():
     clock = FakeClock()
-    samples = interleave({"a": clock.work("a", 0.25)}, 2, {"a": 8}, wall_clock(clock))
-    assert samples.seconds == {"a": [0.25, 0.25]} and len(clock.order) == 16
+    runner = warmed(clock.work("a", 0.007), measure_for(torch.device("cpu"), clock))
+    assert runner.seconds == pytest.approx(0.007) and runner.iterations == math.ceil(0.05 / 0.007) == 8
+    assert Runner(print, seconds=3.0).iterations == 1
+    samples = clock.interleave({"a": runner}, 2)
+    assert samples.seconds["a"] == pytest.approx([0.007] * 2) and len(clock.order) == 2 + 2 * 8
 
 
 def test_ratios_survive_a_machine_that_slows_down():
@@ -71,9 +79,9 @@ def test_ratios_survive_a_machine_that_slows_down():
         "other": clock.work("other", 1.0),
         "third": clock.work("third", 4.0),
     }
-    samples = interleave(cases, 30, dict.fromkeys(cases, 1), wall_clock(clock))
+    samples = clock.interleave(cases, 30)
     alone = percentile(samples.seconds["softmax"], 50) / samples.seconds["other"][0]
-    assert speedup(samples.seconds["softmax"], samples.seconds["other"]) == pytest.approx(2.0, rel=0.06)
+    assert samples.against("softmax", "other")[0] == pytest.approx(2.0, rel=0.06)
     assert alone > 10
 
 
@@ -86,30 +94,34 @@ def test_a_case_that_fails_leaves_the_others_alone():
         if len(calls) == 3:
             raise RuntimeError("boom")
 
-    cases = {"good": clock.work("good", 1.0), "bad": Runner(fails_at_third)}
-    samples = interleave(cases, 5, {"good": 1, "bad": 1}, wall_clock(clock))
+    cases = {"good": clock.work("good", 1.0), "bad": Runner(fails_at_third, seconds=1.0)}
+    samples = clock.interleave(cases, 5)
     assert samples.seconds["good"] == [1.0] * 5
     assert samples.seconds["bad"][2:] == [None] * 3 and len(calls) == 3
     assert str(samples.errors["bad"]) == "boom"
+    assert samples.against("good", "good") == (1.0, 1.0, 1.0)
+    assert samples.against("bad", "good") == samples.against("absent", "good") == (None, None, None)
 
 
-def test_rounds_stop_when_told():
+@pytest.mark.parametrize(
+    "budget_s, most, expected", [(60, 30, 6), (1, 30, 3), (1000, 30, 30), (1000, 2, 2), (0, 30, 3)]
+)
+def test_the_budget_decides_how_many_rounds(budget_s, most, expected):
+    """Rounds of ten seconds; three there are in any case, if that many are allowed."""
     clock = FakeClock()
-    samples = interleave({"a": clock.work("a", 1.0)}, 100, {"a": 1}, wall_clock(clock), lambda done: clock.now >= 7)
-    assert samples.rounds == 7
+    cases = {name: replace(clock.work(name, 5.0), seconds=5.0) for name in "ab"}
+    assert clock.interleave(cases, most, budget_s).rounds == expected
 
 
-def test_the_budget_decides_how_many_rounds():
-    assert rounds_within(60, 10, 30) == 6
-    assert rounds_within(1, 10, 30) == 3
-    assert rounds_within(1000, 10, 30) == 30
-    assert rounds_within(1000, 10, 2) == 2
-    assert iterations_for(0.004) == math.ceil(0.05 / 0.004) and iterations_for(3.0) == 1
+def test_no_round_is_begun_that_would_end_too_late():
+    """Known as ten seconds, the case takes eight: after seven rounds 56 of 60 are gone."""
+    clock = FakeClock()
+    assert clock.interleave({"a": replace(clock.work("a", 8.0), seconds=10.0)}, 100, 60).rounds == 7
 
 
 def test_a_ratio_is_the_median_of_rounds_that_have_both():
-    assert speedup([2.0, 4.0, None, 9.0], [1.0, 1.0, 1.0, 3.0]) == 3.0
-    assert speedup([None], [1.0]) is None
+    assert speedup([2.0, 4.0, None, 9.0], [1.0, 1.0, 1.0, 3.0]) == (3.0, 2.0, 4.0)
+    assert speedup([None], [1.0]) == (None, None, None)
 
 
 def test_the_interval_of_a_median_holds_it_in_95_of_100_samples():
@@ -125,24 +137,24 @@ def test_the_interval_of_a_median_holds_it_in_95_of_100_samples():
 
 def test_percentiles():
     assert [percentile([4, 1, 3, 2, 5], p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
+    assert percentile([None, 2.0, 3.0, None], 50) == 2.5
 
 
 @pytest.mark.parametrize(
     "points, expected",
     [
-        ([(64, 0.5), (128, 2.0)], Crossover(64 * 2**0.5, "within")),
-        ([(64, 2.0), (128, 0.5), (256, 2.0)], Crossover(128 * 2**0.5, "within")),
-        ([(64, 0.5), (128, 0.9)], Crossover(None, "never")),
-        ([(64, 1.5), (128, 0.9)], Crossover(None, "never")),
-        ([(64, 1.0), (128, 1.9)], Crossover(None, "always")),
-        ([(64, None)], Crossover(None, "unknown")),
-        ([(64, 0.25), (128, None), (256, 4.0)], Crossover(128, "within")),
+        ([(64, 0.5), (128, 2.0)], ("within", 64 * 2**0.5)),
+        ([(64, 2.0), (128, 0.5), (256, 2.0)], ("within", 128 * 2**0.5)),
+        ([(64, 0.5), (128, 0.9)], ("never", None)),
+        ([(64, 1.5), (128, 0.9)], ("never", None)),
+        ([(64, 1.0), (128, 1.9)], ("always", None)),
+        ([(64, None)], ("unknown", None)),
+        ([(64, 0.25), (128, None), (256, 4.0)], ("within", 128)),
     ],
 )
 def test_crossover(points, expected):
-    found = crossover(points)
-    assert found.kind == expected.kind
-    assert found.tokens == pytest.approx(expected.tokens)
+    kind, tokens = crossover(points)
+    assert (kind, tokens) == (expected[0], pytest.approx(expected[1]))
 
 
 def test_grids_double():
@@ -203,9 +215,8 @@ def test_one_compiled_graph_serves_all_blocks_of_a_network_and_no_other():
     """Also for the tenth network: what torch.compile keeps for one function is limited to eight."""
     reset()
     counters.clear()
-    backbone = Backbone("test_vit")
     for count, mechanism in enumerate(MECHANISMS, start=1):
-        model = build_model(Case(backbone, mechanism, (64, 96), {}, softmax="math")).eval()
+        model = build_model(Case("test_vit", mechanism=mechanism, image_size=(64, 96), softmax="math"))
         twin, images = compiled(model, backend="eager"), torch.randn(2, 3, 64, 96)
         assert len(twin.blocks) == 6
         with torch.inference_mode():

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import adala.data.loader
-from adala.data.pack import write_shards
 from adala.data.index import build_index, load_index
 from adala.data.loader import EvaluationLoader, TrainLoader, start_worker
 from adala.data.order import StreamState
+from adala.data.pack import write_shards
 from adala.data.samples import BadDataError
 from adala.data.transforms import build_eval_transform, build_train_transform
 

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 import adala.data
-from adala.data.pack import main, write_embedded, write_image_folder, write_shards
 from adala.data.embedded import load_split
 from adala.data.index import load_index
 from adala.data.index import main as index_main
 from adala.data.order import shards_in_order
+from adala.data.pack import main, write_embedded, write_image_folder, write_shards
 from adala.data.samples import decode, read_positions
 
 
