@@ -20,14 +20,13 @@ from adala.data import (
     build_eval_transform,
     build_train_transform,
 )
-from adala.distributed import broadcast_object, device, rank, world_size
+from adala.distributed import broadcast_object, device, rank, say, world_size
 from adala.engine import Engine
 from adala.evaluation import Features, Scorer, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
 from adala.files import file_digest
 from adala.optim import build_optimizer, freeze_except, freeze_matching
 from adala.plan import DataPlan, EvaluationPlan, ModelPlan, RunPlan, StagePlan, TeacherPlan
-from adala.progress import say
 from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import LinearizedVisionTransformer, linearize

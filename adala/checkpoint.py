@@ -9,10 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from adala.distributed import from_rank_0, gather_objects, world_size
+from adala.distributed import from_rank_0, gather_objects, say, world_size
 from adala.engine import Engine
 from adala.files import file_checksum, read_json, remove_tree, sync_file, sync_folder, write_json
-from adala.progress import say
 
 STATE = "trainer.json"
 MARKER = "COMPLETE"

@@ -20,6 +20,7 @@ SHARED_MEMORY = Path("/dev/shm")
 ALLREDUCE_BUFFERS = "deepspeed_allreduce_buffer_*"
 # A file so young may belong to a process that has created it and not yet mapped it.
 YOUNG_S = 60
+CLOSING_S = 0.1
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> None:
@@ -94,8 +95,12 @@ def _memory_map(process: Path) -> str:
 
 
 def close_distributed() -> None:
+    """Leaves the process group, in such a way that the process can end."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # gloo's threads let go of the last collective's tensors only when they get the interpreter's lock; one that
+        # still waits for it as the interpreter shuts down aborts the process, which then fails although all is done.
+        time.sleep(CLOSING_S)
 
 
 def rank() -> int:
@@ -131,6 +136,12 @@ def peak_resident_mib() -> float:
     """Highest resident set of this process in its life, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there and KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def say(message: str) -> None:
+    """Prints a line on rank 0."""
+    if rank() == 0:
+        print(message, flush=True)
 
 
 def barrier() -> None:

@@ -27,14 +27,14 @@ from adala.build import (
 )
 from adala.config import Recipe, recipe_to_yaml
 from adala.data import StreamState, TrainLoader
-from adala.distributed import barrier, device, from_rank_0, gather_objects, raise_together, rank
+from adala.distributed import barrier, device, from_rank_0, gather_objects, raise_together, rank, say
 from adala.engine import Engine
 from adala.evaluation import Evaluator, Score
 from adala.export import WEIGHTS, load_classifier, load_student, read_description, save_student
 from adala.files import file_digest, remove_tree, write_whole
 from adala.lineage import START, Decision, decide, refuse_changed
 from adala.plan import RunPlan, StagePlan, resolve_run
-from adala.progress import MetricWriter, say
+from adala.progress import MetricWriter
 from adala.report import Report, ReportRow, draw_report, print_report, read_report, write_report
 from adala.runs import OverwriteOrder, StageFolder, StageRecord
 from adala.similarity import relative_error

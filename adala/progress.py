@@ -1,9 +1,8 @@
-"""What a run says: JSONL always, TensorBoard unless switched off, a progress bar on a terminal, plain lines elsewhere.
+"""What a run says: TensorBoard unless switched off, a progress bar on a terminal, plain lines elsewhere.
 
-Only rank 0 writes; on other ranks a writer does nothing.
+Only rank 0 writes; on other ranks a writer does nothing. What can be read back is :mod:`adala.metrics`.
 """
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -13,16 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from adala.distributed import rank
+from adala.metrics import MetricLog
 
-METRICS = "metrics.jsonl"
 HIDDEN_IN_LINES = ("block",)
-
-
-def say(message: str) -> None:
-    """Prints a line on rank 0."""
-    if rank() == 0:
-        print(message, flush=True)
 
 
 class MetricWriter:
@@ -44,8 +36,7 @@ class MetricWriter:
         if not self.active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(folder / METRICS)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._log = MetricLog(folder)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard")) if tensorboard else None
         self._bar = _build_bar() if sys.stdout.isatty() else None
         self._task = self._bar.add_task(title, total=steps, note="") if self._bar else None
@@ -58,8 +49,7 @@ class MetricWriter:
             return
         elapsed = time.monotonic() - self._start
         row = {"split": split, "step": step, "time_s": round(elapsed, 3), **values}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._log.append(row)
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
@@ -73,43 +63,11 @@ class MetricWriter:
 
     def close(self) -> None:
         if self.active:
-            self._file.close()
+            self._log.close()
             if self._tensorboard:
                 self._tensorboard.close()
             if self._bar:
                 self._bar.stop()
-
-
-def read_metrics(folder: Path, split: str) -> list[dict[str, float]]:
-    """The rows of one split that a stage has written so far, in order.
-
-    A resumed stage repeats the steps after its checkpoint; of rows with the same step the last one counts. Lines that
-    are not whole are left out, and said.
-    """
-    path = folder / METRICS
-    rows, damaged = [], 0
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            rows += [row] if row["split"] == split else []
-        except (ValueError, TypeError, KeyError):
-            damaged += 1
-    if damaged:
-        say(f"{path}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
-    by_step = {row["step"]: row for row in rows}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Removes the beginning of a line that a killed process left at the end, so that the next one is not spoilt."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            file.truncate(len(whole))
-            say(f"{path}: the last line was cut short, and is dropped")
 
 
 def _build_bar() -> Progress:

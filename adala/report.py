@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adala.files import read_json, write_json
-from adala.progress import read_metrics
+from adala.metrics import read_metrics
 from adala.runs import RunFolder
 
 STAGE_TITLES = {1: "Stage 1: attention alignment", 2: "Stage 2: feature alignment", 3: "Stage 3: fine-tuning"}
@@ -92,7 +92,8 @@ def draw_report(run: RunFolder, report: Report | None) -> None:
             metrics = read_metrics(run.stage(number).path, split)
             axis.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], style, label=split, markersize=4)
         axis.set(title=STAGE_TITLES[number], xlabel="optimizer step", ylabel="loss")
-        axis.set_yscale("log")
+        if any(line.get_ydata() and max(line.get_ydata()) > 0 for line in axis.lines):
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend()
     if rows:

@@ -12,11 +12,11 @@ import torch
 from adala.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from adala.config import StageConfig
 from adala.data import EvaluationLoader, StreamState, TrainLoader
-from adala.distributed import all_reduce_sum, any_rank, gather_objects, peak_memory_mib, rank, world_size
+from adala.distributed import all_reduce_sum, any_rank, gather_objects, peak_memory_mib, rank, say, world_size
 from adala.engine import Engine
 from adala.evaluation import Evaluator
 from adala.optim import rate_factor
-from adala.progress import MetricWriter, say
+from adala.progress import MetricWriter
 
 
 @dataclass

@@ -27,7 +27,7 @@ from adala.build import build_teacher, build_train_loader, data_index, plan_stag
 from adala.config import Recipe, load_recipe
 from adala.data import ShardIndex, StreamState
 from adala.distributed import device
-from adala.progress import read_metrics
+from adala.metrics import read_metrics
 from adala.runs import RunFolder
 
 

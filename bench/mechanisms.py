@@ -15,8 +15,8 @@ from adala.attention import mechanism_names
 from adala.build import run_folder
 from adala.config import load_recipe
 from adala.distributed import barrier, close_distributed, init_distributed, rank, report_error
+from adala.metrics import read_metrics
 from adala.pipeline import run_stage
-from adala.progress import read_metrics
 
 COLUMNS = ("patch_cosine", "cls_cosine", "relative_error")
 

@@ -19,7 +19,7 @@ import torch
 from command import TrainingFailed, resolved_recipe, run_training
 
 from adala.config import Recipe, load_recipe
-from adala.progress import read_metrics
+from adala.metrics import read_metrics
 
 
 @dataclass

@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"adala.plan"},
     {"adala.trainer", "adala.report", "adala.lineage"},
     {"adala.checkpoint", "adala.export"},
-    {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},
+    {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress", "adala.metrics"},
     {"adala.backbones", "adala.tasks", "adala.runs"},
     {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.ds_config", "adala.similarity"},
     {"adala.losses", "adala.conversion"},

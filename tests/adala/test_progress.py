@@ -5,7 +5,8 @@ import sys
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from adala.progress import MetricWriter, read_metrics
+from adala.metrics import read_metrics
+from adala.progress import MetricWriter
 
 VALUES = {"loss": 0.5, "block00_loss": 0.25}
 

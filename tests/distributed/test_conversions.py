@@ -10,7 +10,7 @@ from launch import launch
 
 from adala.attention import mechanism_names, resolve_mechanism
 from adala.conversion import ADALA, STAGE_NAMES
-from adala.progress import read_metrics
+from adala.metrics import read_metrics
 
 STAGES_OF = {
     (name, conversion): [number for number, stage in STAGE_NAMES.items() if steps.step(stage)]

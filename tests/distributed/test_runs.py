@@ -15,7 +15,7 @@ from tiny_run import write_tiny_recipe, write_tiny_shards
 
 from adala.checkpoint import complete_checkpoints
 from adala.data import write_shards
-from adala.progress import read_metrics
+from adala.metrics import read_metrics
 
 OVERFLOWING = ["--stage2.lr", "1e30", "--stage2.gradient_clipping", "0"]
 

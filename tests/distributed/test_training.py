@@ -17,7 +17,7 @@ from tiny_teacher import TINY_ARGS, build_tiny_teacher
 
 from adala import load_classifier, load_student
 from adala.checkpoint import complete_checkpoints
-from adala.progress import read_metrics
+from adala.metrics import read_metrics
 
 ROWS = ["teacher", "linearized", "stage 1", "stage 2", "stage 3"]
 

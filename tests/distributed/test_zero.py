@@ -77,3 +77,13 @@ def test_bf16_rounds_nothing_that_training_has_not_touched(results, name: str) -
     for key, parameter in build_stage(name).named_parameters():
         if not parameter.requires_grad:
             assert torch.equal(found[f"weight/{key}"], state[key]), key
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero1_bf16"])
+def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_weights_alone(results, zero: str) -> None:
+    found, start = results[f"poisoned/{zero}"], build_stage("feature_alignment").state_dict()
+    assert found["loss/0"].isfinite() and not found["applied/0"]
+    assert found["applied/1"] and found["finite/0"] and found["finite/1"]
+    for key, value in start.items():
+        assert torch.equal(found[f"weight/0/{key}"], value), key
+    assert any(not torch.equal(found[f"weight/1/{key}"], value) for key, value in start.items())

@@ -88,9 +88,35 @@ def run(name: str, zero: str, accumulation: int) -> dict[str, torch.Tensor]:
     return result
 
 
+def run_poisoned(zero: str) -> dict[str, torch.Tensor]:
+    """Two steps, of which the first has a finite loss and a gradient that is not finite on one rank."""
+    from adala.ds_config import load_ds_config
+    from adala.engine import Engine
+
+    stage = build_stage("feature_alignment")
+    engine = Engine(stage, build_stage_optimizer, load_ds_config(zero), GLOBAL_BATCH // world_size(), 1, 1.0)
+    poisoned = engine.module.student.norm.weight
+    handle = poisoned.register_hook(lambda gradient: gradient * (float("nan") if rank() == 0 else 1.0))
+    result = {}
+    for step in range(2):
+        (batch,) = micro_batches(step, 1)
+        engine.train()
+        loss = engine(batch)["loss"]
+        engine.backward(loss)
+        engine.step()
+        handle.remove()
+        result[f"loss/{step}"], result[f"applied/{step}"] = loss.detach(), torch.tensor(engine.was_step_applied())
+        result |= {f"weight/{step}/{key}": value for key, value in engine.full_state().items()}
+        result[f"finite/{step}"] = torch.tensor(engine.has_finite_weights())
+    engine.close()
+    return result
+
+
 def main() -> None:
     init_distributed()
     results = {}
+    for zero in ("zero0", "zero1", "zero2", "zero3", "zero1_bf16"):
+        results[f"poisoned/{zero}"] = run_poisoned(zero)
     for name in CLIPPING:
         for zero in ("zero0", "zero1", "zero2", "zero3", "zero1_bf16", "zero1_autocast"):
             for accumulation in (1, 2):
