@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from adala.distributed import rank
 from adala.metrics import MetricLog
 
 HIDDEN_IN_LINES = ("block",)
