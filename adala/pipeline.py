@@ -27,7 +27,7 @@ from adala.build import (
 )
 from adala.config import Recipe, recipe_to_yaml
 from adala.data import StreamState, TrainLoader
-from adala.distributed import barrier, device, from_rank_0, gather_objects, raise_together, rank, say
+from adala.distributed import device, from_rank_0, gather_objects, raise_together, say
 from adala.engine import Engine
 from adala.evaluation import Evaluator, Score
 from adala.export import WEIGHTS, load_classifier, load_student, read_description, save_student
@@ -68,8 +68,8 @@ def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -
         did = [run_stage(plan, stage, order) for stage in plan.stages]
         if len(stages) > 1:
             did.append(report_run(plan))
-        elif rank() == 0 and any(did):
-            draw_report(plan.run, None)
+        elif any(did):
+            from_rank_0(partial(draw_report, plan.run, None))
         from_rank_0(plan.run.close_order)
         if not any(did):
             numbers = ", ".join(str(stage.number) for stage in plan.stages)
@@ -231,13 +231,14 @@ def report_run(plan: RunPlan) -> bool:
     wanted = from_rank_0(partial(_identify_students, plan))
     if wanted is None:
         return False
-    report = score_run(plan, wanted)
-    if rank() == 0:
-        write_report(plan.run, report)
-        print_report(report, title=str(plan.run.path))
-        draw_report(plan.run, report)
-    barrier()
+    from_rank_0(partial(_publish, plan, score_run(plan, wanted)))
     return True
+
+
+def _publish(plan: RunPlan, report: Report) -> None:
+    write_report(plan.run, report)
+    print_report(report, title=str(plan.run.path))
+    draw_report(plan.run, report)
 
 
 def _identify_students(plan: RunPlan) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ def draw_report(run: RunFolder, report: Report | None) -> None:
             metrics = read_metrics(run.stage(number).path, split)
             axis.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], style, label=split, markersize=4)
         axis.set(title=STAGE_TITLES[number], xlabel="optimizer step", ylabel="loss")
-        if any(line.get_ydata() and max(line.get_ydata()) > 0 for line in axis.lines):
+        if any(value > 0 for line in axis.lines for value in line.get_ydata()):
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend()
