@@ -63,6 +63,7 @@ class Engine:
             model=module, optimizer=optimizer, config=full_config, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
+        self._trains = False
         self._norm = math.nan
         if self.zero_stage == 0:
             self._guard_updates(optimizer)
@@ -122,10 +123,14 @@ class Engine:
         return all(bool(part.detach().isfinite().all()) for part in parts)
 
     def train(self) -> None:
-        self._engine.train()
+        # Once, not before every step: it goes through all modules, which takes milliseconds.
+        if not self._trains:
+            self._engine.train()
+        self._trains = True
 
     def eval(self) -> None:
         self._engine.eval()
+        self._trains = False
 
     def checkpoint_bytes(self) -> int:
         """About how many bytes :meth:`save` writes on all ranks together."""

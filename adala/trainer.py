@@ -66,7 +66,7 @@ class Trainer:
             self.step += 1
             last = self.step == self.config.steps
             if self.step % self.config.log_every == 0 or last:
-                self.writer.write("train", self.step, metrics)
+                self.writer.write("train", self.step, {**metrics, "peak_memory_mib": peak_memory_mib()})
                 self._report_bad_samples(loader)
             if last:
                 break
@@ -106,7 +106,6 @@ class Trainer:
             **metrics,
             "lr": factor * config.lr,
             "images_per_s": config.global_batch_size / (time.perf_counter() - started),
-            "peak_memory_mib": peak_memory_mib(),
         }
 
     @torch.no_grad()
