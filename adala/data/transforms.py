@@ -111,8 +111,8 @@ def build_train_transform(
     }
     if augmentation not in augmentations:
         raise ValueError(f"unknown augmentation {augmentation!r}: known are {', '.join(augmentations)}")
-    # Plain tensors from the start: wrapping and unwrapping tv_tensors takes a quarter of the time of a 28-pixel image, and
-    # one that reached the model would carry its subclass through every operation.
+    # Plain tensors from the start: wrapping and unwrapping tv_tensors takes a quarter of the time of a 28-pixel image,
+    # and one that reached the model would carry its subclass through every operation.
     return v2.Compose([v2.PILToTensor(), *augmentations[augmentation], *_normalise(mean, std)])
 
 

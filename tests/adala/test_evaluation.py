@@ -1,0 +1,75 @@
+"""The Evaluator: every sample counts once, whatever the batches; and what a Scorer makes of it."""
+
+import pytest
+import torch
+from tiny_teacher import build_tiny_teacher
+
+from adala.evaluation import Evaluator, Scorer, evaluate
+from adala.students import linearize
+from adala.tasks import Classification
+
+CUTS = [[6], [1, 5], [2, 2, 2]]
+
+
+def outputs_of(count: int) -> tuple[dict[str, torch.Tensor], dict]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(count, 17, 32, generator=generator)
+    return {
+        "features": features,
+        "teacher_features": features + torch.randn(count, 17, 32, generator=generator),
+        "prediction": torch.randn(count, 3, generator=generator),
+        "target": torch.randint(3, (count,), generator=generator),
+    }, {"id": [str(number) for number in range(count)]}
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_metrics_do_not_depend_on_batches(teacher, cut: list[int]) -> None:
+    outputs, batch = outputs_of(6)
+    evaluator, whole = (Evaluator(teacher, Classification(3)) for _ in range(2))
+    whole.update(outputs | {"loss": torch.tensor(1.0)}, batch)
+    parts = {name: value.split(cut) for name, value in outputs.items()}
+    for index, size in enumerate(cut):
+        part = {name: pieces[index] for name, pieces in parts.items()}
+        # A mean over the batch's images, as stages give it: weighted by their number.
+        evaluator.update(part | {"loss": torch.tensor(1.0)}, {"id": ["x"] * size})
+    for each in (evaluator, whole):
+        each.reduce()
+    expected = 100 * (outputs["prediction"].argmax(-1) == outputs["target"]).float().mean().item()
+    assert whole.compute()["top1"] == pytest.approx(expected)
+    assert evaluator.compute() == pytest.approx(whole.compute(), rel=1e-6)
+
+
+def test_scalars_are_means_over_images(teacher) -> None:
+    evaluator = Evaluator(teacher)
+    for loss, size in ((1.0, 1), (4.0, 5)):
+        evaluator.update({"loss": torch.tensor(loss)}, {"id": ["x"] * size})
+    evaluator.reduce()
+    assert evaluator.compute() == {"loss": pytest.approx(3.5)}
+
+
+def labelled_batches(cut: list[int]) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(6, 3, 16, 16, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2])
+    images = images + 3 * torch.nn.functional.one_hot(labels, 3)[..., None, None]
+    pieces = zip(images.split(cut), labels.split(cut), strict=True)
+    return [{"image": image, "label": label, "id": ["x"] * len(label)} for image, label in pieces]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_a_model_against_its_teacher(teacher, cut: list[int]) -> None:
+    student = linearize(teacher, "linear").eval()
+    found = evaluate(student, teacher, labelled_batches(cut))
+    assert found == pytest.approx(evaluate(student, teacher, labelled_batches([6])), rel=1e-5)
+    assert set(found) == {"feature_cosine", "patch_cosine", "cls_cosine", "relative_error"}
+    assert evaluate(teacher, teacher, labelled_batches(cut))["relative_error"] == 0.0
+
+
+def test_scores_by_a_probe_and_by_a_head() -> None:
+    teacher = build_tiny_teacher()
+    student, task = linearize(teacher, "linear").eval(), Classification(3)
+    scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
+    probed = scorer.frozen(student)
+    assert probed.value == pytest.approx(100.0) and probed.metrics["feature_cosine"] < 1
+    tuned = scorer.tuned(student, task.build_head(student).eval(), task)
+    assert tuned.value == tuned.metrics["top1"] and 0 <= tuned.value <= 100
+    assert Scorer(teacher, labelled_batches([6]), None, 1e-3).frozen(student).value is None
