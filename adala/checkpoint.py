@@ -53,7 +53,8 @@ def save_checkpoint(folder: Path, engine: Engine, step: int, state: dict[str, An
 
 
 def _make_room(partial: Path, needed_bytes: int) -> None:
-    remove_tree(partial)
+    for left in partial.parent.glob(f"{PARTIAL_PREFIX}*"):
+        remove_tree(left)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
     if free < needed_bytes:

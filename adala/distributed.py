@@ -212,6 +212,12 @@ def from_rank_0(action: Callable[[], Result]) -> Result:
     return broadcast_object(result)
 
 
+def has_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone; what was wrong there is that rank's to say."""
+    gone = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe")
+    return isinstance(error, dist.DistBackendError) or any(text in str(error) for text in gone)
+
+
 def report_error(error: Exception) -> None:
     """Prints a user's error as one sentence, once: rank 0 at once, another rank only if it outlives rank 0's exit.
 

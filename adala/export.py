@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adala.backbones import build_backbone
+from adala.files import sync_file, write_json
 from adala.students import LinearizedVisionTransformer, linearize
 from adala.tasks import Task, read_task
 
@@ -54,9 +56,7 @@ def save_student(
     _save_tensors(state, folder / WEIGHTS)
     if head is not None:
         _save_tensors(head, folder / HEAD_WEIGHTS)
-    partial = folder / f"{DESCRIPTION}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(description), indent=1) + "\n")
-    partial.replace(folder / DESCRIPTION)
+    write_json(folder / DESCRIPTION, dataclasses.asdict(description))
 
 
 def has_student(folder: Path) -> bool:
@@ -121,12 +121,16 @@ def load_classifier(folder: str | Path) -> TaskModel:
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}; is the disk full?") from error
+    sync_file(partial)
     partial.replace(path)
 
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(load_file(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not fit its description: {' '.join(str(error).split())}") from error

@@ -62,7 +62,7 @@ def decide(
         attempt = folder.attempt()
         if attempt is not None and not differing(attempt, asked, may_grow=_steps_key(number)):
             return Decision(folder, False, folder is new, f"{reason}; going on with what was begun")
-    begun = final.attempt() if record is None else None
+    begun = final.attempt() if record is None and final.has_checkpoint() else None
     if begun is None:
         return Decision(final if record is None else new, True, record is not None, reason)
     if order is None:
@@ -87,7 +87,8 @@ def refuse_changed(run: RunFolder, number: int, conditions: Mapping[str, Any]) -
         ValueError: See :func:`refuse_unless_upstream`.
     """
     asked, record = _as_json(conditions), run.stage(number).record()
-    before, was = (record.conditions, "finished") if record else (run.stage(number).attempt(), "begun")
+    begun = run.stage(number).attempt() if run.stage(number).has_checkpoint() else None
+    before, was = (record.conditions, "finished") if record else (begun, "begun")
     if before is not None:
         changed = differing(before, asked, may_grow=None if record else _steps_key(number))
         refuse_unless_upstream(run, number, changed, before, asked, was)

@@ -69,7 +69,7 @@ def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -
         if len(stages) > 1:
             did.append(report_run(plan))
         elif any(did):
-            from_rank_0(partial(draw_report, plan.run, None))
+            from_rank_0(partial(_draw_curves, plan))
         from_rank_0(plan.run.close_order)
         if not any(did):
             numbers = ", ".join(str(stage.number) for stage in plan.stages)
@@ -233,6 +233,13 @@ def report_run(plan: RunPlan) -> bool:
         return False
     from_rank_0(partial(_publish, plan, score_run(plan, wanted)))
     return True
+
+
+def _draw_curves(plan: RunPlan) -> None:
+    """After a single stage, which no table is made of: one that is there is of other students now."""
+    if read_report(plan.run) is not None and _identify_students(plan) is not None:
+        say(f"{plan.run.report} is of earlier students: --stage all makes it anew")
+    draw_report(plan.run, None)
 
 
 def _publish(plan: RunPlan, report: Report) -> None:

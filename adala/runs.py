@@ -61,6 +61,10 @@ class StageFolder:
         """The conditions under which training was started here; None where it was not."""
         return read_json(self.path / ATTEMPT)
 
+    def has_checkpoint(self) -> bool:
+        """Whether training has come far enough here for something to be lost."""
+        return any(self.checkpoints.glob("step-*/COMPLETE"))
+
     def start_attempt(self, conditions: Mapping[str, Any]) -> None:
         """Notes under which conditions training starts, or goes on, here."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ deepspeed launchers/train.py --stage all --recipe dinov2_large --stage1.lr 5e-4
 import sys
 
 from adala.config import parse_command
-from adala.distributed import close_distributed, init_distributed, report_error
+from adala.distributed import close_distributed, has_lost_peer, init_distributed, rank, report_error
 from adala.pipeline import run_stages
 
 
@@ -18,6 +18,11 @@ def main(arguments: list[str]) -> int:
         run_stages(command.recipe, command.stages, command.overwrite)
     except (ValueError, OSError) as error:
         report_error(error)
+        return 1
+    except RuntimeError as error:
+        if not has_lost_peer(error):
+            raise
+        print(f"rank {rank()}: another rank has ended, and says why", file=sys.stderr, flush=True)
         return 1
     close_distributed()
     return 0

@@ -19,6 +19,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 def begin(folder, **changes) -> None:
     folder.start_attempt(ASKED | changes)
+    (folder.checkpoints / "step-00000002").mkdir(parents=True, exist_ok=True)
+    (folder.checkpoints / "step-00000002" / "COMPLETE").touch()
 
 
 def finish(folder, order: str | None = None, **changes) -> None:
@@ -44,6 +46,14 @@ def test_more_steps_are_gone_on_with_and_fewer_are_refused(run: RunFolder) -> No
     assert not decide(run, 2, {**CONDITIONS, "stage2.steps": 20}, "sha256:a", None).is_new
     with pytest.raises(ValueError, match=r"was begun with stage2.steps 10, this run has 5"):
         decide(run, 2, {**CONDITIONS, "stage2.steps": 5}, "sha256:a", None)
+
+
+def test_an_attempt_without_a_checkpoint_is_begun_anew_under_other_conditions(run: RunFolder) -> None:
+    run.stage(2).start_attempt(ASKED)
+    refuse_changed(run, 2, {**CONDITIONS, "seed": 5})
+    decision = decide(run, 2, {**CONDITIONS, "seed": 5}, "sha256:a", None)
+    assert (decision.folder, decision.is_new, decision.replaces) == (run.stage(2), True, False)
+    assert not decide(run, 2, CONDITIONS, "sha256:a", None).is_new
 
 
 def test_a_finished_stage_is_left_alone(run: RunFolder) -> None:
