@@ -12,9 +12,9 @@ from typing import Any
 from adala.distributed import from_rank_0, gather_objects, say, world_size
 from adala.engine import Engine
 from adala.files import file_checksum, read_json, remove_tree, sync_file, sync_folder, write_json
+from adala.runs import CHECKPOINT_MARKER as MARKER
 
 STATE = "trainer.json"
-MARKER = "COMPLETE"
 PARTIAL_PREFIX = "partial-"
 
 

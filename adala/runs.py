@@ -22,6 +22,8 @@ from adala.files import read_json, remove_tree, sync_folder, write_json
 
 ATTEMPT = "attempt.json"
 FINISHED = "finished.json"
+# The last file that a checkpoint gets, see adala.checkpoint.
+CHECKPOINT_MARKER = "COMPLETE"
 # File systems shared over a network may show another machine's new file late.
 VISIBLE_WITHIN_S = 20.0
 
@@ -63,7 +65,7 @@ class StageFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether training has come far enough here for something to be lost."""
-        return any(self.checkpoints.glob("step-*/COMPLETE"))
+        return any(self.checkpoints.glob(f"step-*/{CHECKPOINT_MARKER}"))
 
     def start_attempt(self, conditions: Mapping[str, Any]) -> None:
         """Notes under which conditions training starts, or goes on, here."""
