@@ -1,11 +1,14 @@
-"""How models are scored: metrics over a data set against the teacher, and probes on frozen features."""
+"""How models are scored: metrics against the teacher over a data set or block by block, probes on frozen features."""
 
+from adala.evaluation.block_errors import BlockErrors, BlockReport, measure_block_errors
 from adala.evaluation.evaluator import Collector, Evaluator, evaluate
 from adala.evaluation.features import FeatureCollector, Features, collect_features
 from adala.evaluation.linear_probe import fit_probe, linear_probe_top1
 from adala.evaluation.scoring import Score, Scorer
 
 __all__ = [
+    "BlockErrors",
+    "BlockReport",
     "Collector",
     "Evaluator",
     "FeatureCollector",
@@ -16,4 +19,5 @@ __all__ = [
     "evaluate",
     "fit_probe",
     "linear_probe_top1",
+    "measure_block_errors",
 ]
