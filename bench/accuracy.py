@@ -3,23 +3,20 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from command import TrainingFailed, resolved_recipe, run_training
 from results import AccuracyRow
-from timm.models.vision_transformer import VisionTransformer
 
 from adala.attention import resolve_mechanism
-from adala.build import FEATURE_POOLING, build_evaluation_loader, build_teacher, data_index, run_folder
+from adala.build import build_scorer, build_teacher
 from adala.config import Recipe, load_recipe
 from adala.conversion import ADALA, STAGE_NAMES, Conversion
-from adala.data import EvaluationLoader
 from adala.distributed import device
-from adala.evaluation.classification import classifier_top1
-from adala.evaluation.features import FeatureCollector, collect_features, compare_features
-from adala.evaluation.linear_probe import linear_probe_top1
+from adala.evaluation import Scorer
 from adala.export import load_classifier, load_student
+from adala.files import remove_tree
+from adala.plan import resolve_run, run_folder
 
 
 def conversions_of(mechanism: str) -> dict[str, Conversion]:
@@ -77,37 +74,11 @@ def train_stage(bench: Bench, mechanism: str, name: str, number: int, steps: int
     Raises:
         TrainingFailed: The message is its own.
     """
-    arguments = ["--recipe", bench.recipe_name, "--stage", str(number), "--overwrite"]
-    arguments += [*bench.arguments(mechanism, name), f"--stage{number}.steps", str(steps)]
+    arguments = ["--recipe", bench.recipe_name, "--stage", str(number), *bench.arguments(mechanism, name)]
     try:
-        run_training(arguments)
+        run_training([*arguments, f"--stage{number}.steps", str(steps)])
     except TrainingFailed as error:
         raise TrainingFailed(f"stage {number}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Scores models on the recipe's held-out split, all of it."""
-
-    recipe: Recipe
-    teacher: VisionTransformer
-
-    def held_out(self) -> EvaluationLoader:
-        return build_evaluation_loader(self.recipe, data_index(self.recipe, self.recipe.data.val), self.teacher)
-
-    def probe(self, model: VisionTransformer) -> tuple[float, float]:
-        """Top-1 in percent of a linear probe on frozen features, and their cosine to the teacher's."""
-        config = self.recipe.evaluation
-        index = data_index(self.recipe, config.probe_train or self.recipe.data.train)
-        training = build_evaluation_loader(self.recipe, index, self.teacher, config.probe_samples)
-        # The held-out images are passed once, for both.
-        collector = FeatureCollector(model, FEATURE_POOLING)
-        compared = compare_features(model, self.teacher, self.held_out(), collector)
-        fitted_on = collect_features(model, training, FEATURE_POOLING)
-        return linear_probe_top1(fitted_on, collector.gathered(), l2=config.probe_l2), compared["feature_cosine"]
-
-    def cosine(self, model: VisionTransformer) -> float:
-        return compare_features(model, self.teacher, self.held_out())["feature_cosine"]
 
 
 def adapt(bench: Bench, scorer: Scorer, row: AccuracyRow, conversion: Conversion) -> None:
@@ -121,19 +92,16 @@ def adapt(bench: Bench, scorer: Scorer, row: AccuracyRow, conversion: Conversion
     row.steps = {str(number): count for number, count in steps.items()}
     row.images_seen = sum(count * recipe.stage(number).global_batch_size for number, count in steps.items())
     run = run_folder(recipe)
-    for number in (1, 2, 3):
-        # A stage would start from what an earlier bench left behind.
-        run.remove_stage(number)
+    remove_tree(run.path)  # an earlier bench's, which this one would go on with
     for number, count in steps.items():
         train_stage(bench, row.mechanism, row.conversion, number, count)
     if 2 in steps:
-        aligned = load_student(run.stage(2)).to(device())
-        row.aligned_top1, row.aligned_cosine = scorer.probe(aligned)
-    classifier = load_classifier(run.stage(3)).to(device())
-    row.top1 = classifier_top1(classifier, scorer.held_out(), recipe.stage3.num_classes)
-    row.feature_cosine = scorer.cosine(classifier.student)
-    if row.teacher_top1:
-        row.kept = row.top1 / row.teacher_top1
+        aligned = scorer.frozen(load_student(run.stage(2).path).to(device()))
+        row.aligned_top1, row.aligned_cosine = aligned.value, aligned.metrics["feature_cosine"]
+    model = load_classifier(run.stage(3).path).to(device())
+    tuned = scorer.tuned(model.student, model.head, model.task)
+    row.top1, row.feature_cosine = tuned.value, tuned.metrics["feature_cosine"]
+    row.kept = row.top1 / row.teacher_top1 if row.teacher_top1 else None
 
 
 def measure_accuracy(
@@ -161,12 +129,11 @@ def measure_accuracy(
     """
     arguments = tuple(part for text in overrides for part in (f"--{text.partition('=')[0]}", text.partition("=")[2]))
     bench = Bench(resolved_recipe(recipe_name), arguments, folder.resolve(), total_images)
-    recipe = bench.recipe()
-    say = partial(print, flush=True)
-    teacher = build_teacher(recipe)
-    scorer = Scorer(recipe, teacher)
-    teacher_top1, _ = scorer.probe(teacher)
-    say(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %")
+    plan = resolve_run(bench.recipe(), (3,))
+    teacher = build_teacher(plan.model.teacher)
+    scorer = build_scorer(plan.data, plan.evaluation, teacher)
+    teacher_top1 = scorer.frozen(teacher).value
+    print(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %", flush=True)
     rows = []
     for mechanism in mechanisms:
         for name, conversion in conversions_of(mechanism).items():
@@ -179,6 +146,6 @@ def measure_accuracy(
                 row.error = " ".join(str(error).split())
             row.seconds = round(time.monotonic() - started, 1)
             said = row.error or f"top-1 {row.top1:.2f} %, cosine {row.feature_cosine:.4f}"
-            say(f"accuracy: {mechanism:>14} {name:>6}  {said}  [{row.seconds:.0f} s]")
+            print(f"accuracy: {mechanism:>14} {name:>6}  {said}  [{row.seconds:.0f} s]", flush=True)
             keep(rows)
     return rows

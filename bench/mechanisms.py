@@ -7,16 +7,16 @@ before the first step and after the last are the two columns. Writes ``mechanism
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from adala.attention import mechanism_names
-from adala.build import run_folder
 from adala.config import load_recipe
-from adala.distributed import barrier, close_distributed, init_distributed, rank, report_error
+from adala.distributed import close_distributed, init_distributed, rank, report_error
+from adala.files import write_json, write_whole
 from adala.metrics import read_metrics
-from adala.pipeline import run_stage
+from adala.pipeline import run_stages
+from adala.plan import run_folder
 
 COLUMNS = ("patch_cosine", "cls_cosine", "relative_error")
 
@@ -26,9 +26,8 @@ def measure(recipe_name: str, mechanism: str, steps: int, out: Path, overrides: 
     arguments = ["--mechanism", mechanism, "--run_name", mechanism, "--runs_dir", str(out), "--tensorboard", "false"]
     budget = ["--stage1.steps", str(steps), "--stage1.warmup_steps", str(max(1, steps // 10))]
     recipe = load_recipe(recipe_name, [*overrides, *arguments, *budget])
-    run_stage(recipe, 1, overwrite=True)
-    barrier()
-    folder = run_folder(recipe).stage(1)
+    run_stages(recipe, [1], overwrite=True)
+    folder = run_folder(recipe).stage(1).path
     before, after = (read_metrics(folder, "val")[position] for position in (0, -1))
     rates = [row["images_per_s"] for row in read_metrics(folder, "train")]
     return {
@@ -66,8 +65,8 @@ def main() -> int:
         report_error(error)
         return 1
     if rank() == 0:
-        (args.out / "mechanisms.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-        (args.out / "mechanisms.md").write_text(to_markdown(rows))
+        write_json(args.out / "mechanisms.json", {"rows": rows})
+        write_whole(args.out / "mechanisms.md", to_markdown(rows))
         print(to_markdown(rows))
     close_distributed()
     return 0

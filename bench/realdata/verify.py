@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from adala.backbones import load_teacher
-from adala.losses import relative_error
+from adala.similarity import relative_error
 
 MODEL = "vit_small_patch14_dinov2.lvd142m"
 # Two runtimes in float32 sum in different orders; a wrong weight shows up above 1e-2.
