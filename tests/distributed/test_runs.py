@@ -181,6 +181,18 @@ def test_what_cannot_be_written_is_a_sentence_and_leaves_the_last_checkpoint(tmp
     succeeds(train("--recipe", str(recipe), *arguments))
 
 
+def test_a_stage_whose_metrics_are_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """One step to weights that are finite and far too large: it is the evaluation after it that finds out."""
+    recipe = write_tiny_recipe(tmp_path)
+    arguments = ["--stage2.steps", "1", *OVERFLOWING]
+    refused(train_alone(recipe, "--stage", "2", *arguments), "not finite; the last checkpoint is intact")
+    stage = tmp_path / "runs" / "tiny-run" / "stage2"
+    assert [row["step"] for row in read_metrics(stage, "train")] == [1]
+    assert [row["step"] for row in read_metrics(stage, "val")] == [0]
+    assert complete_checkpoints(stage / "checkpoints") == []
+    assert not (stage / "student.safetensors").exists() and not (stage / "finished.json").exists()
+
+
 def test_ranks_that_see_different_folders_are_told_at_start(tmp_path: Path) -> None:
     """As with a node-local disk: the same relative runs_dir lies somewhere else for the second rank."""
     recipe = write_tiny_recipe(tmp_path, runs_dir="runs")

@@ -84,6 +84,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_weights_alone(resu
     found, start = results[f"poisoned/{zero}"], build_stage("feature_alignment").state_dict()
     assert found["loss/0"].isfinite() and not found["applied/0"]
     assert found["applied/1"] and found["finite/0"] and found["finite/1"]
+    assert not found["finite/spoilt"]
     for key, value in start.items():
         assert torch.equal(found[f"weight/0/{key}"], value), key
     assert any(not torch.equal(found[f"weight/1/{key}"], value) for key, value in start.items())

@@ -108,6 +108,8 @@ def run_poisoned(zero: str) -> dict[str, torch.Tensor]:
         result[f"loss/{step}"], result[f"applied/{step}"] = loss.detach(), torch.tensor(engine.was_step_applied())
         result |= {f"weight/{step}/{key}": value for key, value in engine.full_state().items()}
         result[f"finite/{step}"] = torch.tensor(engine.has_finite_weights())
+    getattr(poisoned, "ds_tensor", poisoned).data.fill_(float("nan"))
+    result["finite/spoilt"] = torch.tensor(engine.has_finite_weights())
     engine.close()
     return result
 
