@@ -19,5 +19,5 @@ def test_every_row_is_measured_by_the_trainer(tmp_path: Path) -> None:
     for row in rows:
         assert row["stage1_patch_cosine"] != row["zero_shot_patch_cosine"]
         final = json.loads((out / row["mechanism"] / "stage1" / "finished.json").read_text())
-        assert row["stage1_patch_cosine"] == final["patch_cosine"]
+        assert row["stage1_patch_cosine"] == final["metrics"]["patch_cosine"]
     assert (out / "mechanisms.md").read_text().count("\n") == 4
