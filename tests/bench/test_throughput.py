@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import FIXTURES, PROJECT
+from launch import PROJECT
 from throughput import fill_in_efficiency, main, scaling_rows, steady_rate, stream_rate
 from tiny_run import write_tiny_recipe
 
@@ -46,7 +46,6 @@ def test_samples_are_counted_from_the_second_batch_on():
 def measured(tmp_path: Path, monkeypatch, *arguments: str) -> list[dict]:
     """The rows of one command on the tiny recipe."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(FIXTURES))
     recipe = write_tiny_recipe(tmp_path)
     out = tmp_path / "out"
     assert main([*arguments, "--recipe", str(recipe), "--out", str(out), "--data.shuffle_buffer", "5"]) == 0
