@@ -63,7 +63,8 @@ def scaling(options: argparse.Namespace, overrides: list[str]) -> list[Row]:
     """
     most = torch.cuda.device_count() or CORES
     ranks = sorted(set(options.ranks or [2**i for i in range(most.bit_length()) if 2**i <= most]))
-    on_cpu = {"OMP_NUM_THREADS": str(max(1, CORES // max(ranks))), "DS_ACCELERATOR": "cpu"}
+    options.threads_per_rank = None if torch.cuda.is_available() else max(1, CORES // max(ranks))
+    on_cpu = {"OMP_NUM_THREADS": str(options.threads_per_rank), "DS_ACCELERATOR": "cpu"}
     rows = scaling_rows(load_recipe(options.recipe, overrides), ranks, options.stages, options.grow)
     for row in rows:
         name, key = f"stage{row['stage']}-{row['ranks']}-ranks", f"--stage{row['stage']}"
@@ -320,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         report_error(error)
         return 2
-    conditions = {key: str(value) for key, value in vars(options).items() if key not in ("measure", "out")}
+    conditions = {key: value for key, value in vars(options).items() if key not in ("measure", "out", "run")}
     conditions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     conditions |= {"cores": CORES, "threads": torch.get_num_threads(), "torch": torch.__version__}
     write_table(options.out, options.command, rows, {**conditions, "overrides": overrides})

@@ -1,6 +1,7 @@
 """Turns unpacked Debian packages into shards of real images: ``python build.py PACKAGES OUT`` (``build.sh`` runs it).
 
-PACKAGES is the folder that the packages were unpacked into, OUT gets ``photos``, ``stamps``, ``scenes`` and
+PACKAGES is the folder that the packages were unpacked into. OUT has the checkpoint and the reference that
+``checkpoint.py`` wrote, which are held against each other first, and gets ``photos``, ``stamps``, ``scenes`` and
 ``fashion``, each with train and val shards, and at last ``classes.json``.
 """
 
@@ -15,9 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from adala.backbones import load_teacher
 from adala.data import write_shards
+from adala.similarity import relative_error
+
+BACKBONE, CHECKPOINT, REFERENCE = "vit_small_patch14_dinov2.lvd142m", "dinov2_s14.safetensors", "reference.safetensors"
+# Two runtimes in float32 sum in different orders; a wrong weight shows up above 1e-2.
+TOLERANCE = 1e-4
 
 # Folders of the stamps. Position = class in `stamps`; in `scenes` that + 1, because 0 is the background.
 STAMP_CLASSES = (
@@ -57,6 +66,22 @@ class Stamp:
 
     label: int
     path: Path
+
+
+def check_checkpoint(out: Path, backbone: str = BACKBONE) -> None:
+    """Compares the features of the converted checkpoint with those of the graph it came from, whose file it removes.
+
+    Raises:
+        ValueError: They differ.
+    """
+    expected = load_file(out / REFERENCE)
+    teacher = load_teacher(backbone, expected["images"].shape[-2:], out / CHECKPOINT)
+    with torch.no_grad():
+        difference = relative_error(teacher(expected["images"]), expected["features"]).item()
+    print(f"checkpoint: final features differ from the ONNX graph's by {difference:.1e}")
+    if difference > TOLERANCE:
+        raise ValueError(f"more than {TOLERANCE:.0e}: the conversion does not fit this graph")
+    (out / REFERENCE).unlink()
 
 
 def find_photographs(packages: Path) -> list[Path]:
@@ -216,6 +241,7 @@ def build(packages: Path, out: Path) -> None:
 def main(packages: str, out: str) -> int:
     Image.MAX_IMAGE_PIXELS = None  # some wallpapers are large enough to be taken for decompression bombs
     try:
+        check_checkpoint(Path(out))
         build(Path(packages), Path(out))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Takes the DINOv2 ViT-S/14 out of an ONNX graph: ``python checkpoint.py GRAPH CHECKPOINT REFERENCE``.
 
 CHECKPOINT gets the weights under timm's names, REFERENCE two images and the features that the graph itself gives for
-them, with which ``verify.py`` checks the conversion. This runs where onnx and onnxruntime are, and needs neither torch
-nor adala; ``verify.py`` runs where those are.
+them, with which ``build.py`` checks the conversion. This runs where onnx and onnxruntime are, and needs neither torch
+nor adala; ``build.py`` runs where those are.
 """
 
 import sys

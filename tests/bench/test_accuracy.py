@@ -2,51 +2,58 @@
 
 import accuracy
 import pytest
-from accuracy import conversions_of, divide_images, measure_accuracy
+from accuracy import conversion_names, divide_images, measure_accuracy
+from PIL import Image
 from tiny_run import write_tiny_recipe
 
 from adala.config import load_recipe
-from adala.conversion import ADALA
+from adala.data import write_shards
 
 
 def images(recipe, steps):
     return sum(count * recipe.stage(number).global_batch_size for number, count in steps.items())
 
 
+def native(mechanism):
+    return load_recipe("tiny", ["--mechanism", mechanism, "--conversion", "native"])
+
+
 def test_every_conversion_sees_as_many_images():
-    recipe = load_recipe("tiny")
     for mechanism in ("hedgehog", "lolcats", "linformer", "monarch"):
-        for conversion in conversions_of(mechanism).values():
-            assert images(recipe, divide_images(recipe, conversion, 9600)) == pytest.approx(9600, abs=3 * 32)
-    assert set(divide_images(recipe, conversions_of("hedgehog")["native"], 9600)) == {1, 3}
-    assert set(divide_images(recipe, conversions_of("linformer")["native"], 9600)) == {3}
+        for recipe in (native(mechanism), load_recipe("tiny", ["--mechanism", mechanism])):
+            assert images(recipe, divide_images(recipe, 9600)) == pytest.approx(9600, abs=3 * 32)
+    assert set(divide_images(native("hedgehog"), 9600)) == {1, 3}
+    assert set(divide_images(native("linformer"), 9600)) == {3}
 
 
 def test_images_keep_the_recipes_proportions(tmp_path):
     """Stages of 4, 8 and 4 steps, the second in batches of twice the size: 1 to 4 to 1 in images."""
     overrides = ["--stage2.steps", "8", "--stage2.global_batch_size", "16"]
     recipe = load_recipe(str(write_tiny_recipe(tmp_path)), overrides)
-    assert divide_images(recipe, ADALA, 960) == {1: 20, 2: 40, 3: 20}
+    assert divide_images(recipe, 960) == {1: 20, 2: 40, 3: 20}
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="100 images are fewer than one batch for each of 3 stages"):
-        divide_images(load_recipe("tiny"), ADALA, 100)
+        divide_images(load_recipe("tiny"), 100)
 
 
 def test_softmax_and_linear_have_no_conversion_of_their_own():
-    assert set(conversions_of("softmax")) == set(conversions_of("linear")) == {"adala"}
+    assert conversion_names("softmax") == conversion_names("linear") == ["adala"]
+    assert conversion_names("hedgehog") == ["adala", "native"]
 
 
 def test_a_real_adaptation_and_one_that_fails(tmp_path, monkeypatch):
     """Cosformer natively, which is a single stage; under AdaLA's the training command is given a bad value."""
     train_stage = accuracy.train_stage
 
-    def broken(bench, mechanism, name, number, steps):
-        train_stage(bench, mechanism, name, number, steps if name == "native" else -1.5)
+    def broken(arguments, number, steps):
+        train_stage(arguments, number, steps if "native" in arguments else -1.5)
 
     monkeypatch.setattr(accuracy, "train_stage", broken)
     recipe = write_tiny_recipe(tmp_path)
+    left_behind = tmp_path / "runs" / "cosformer-native" / "stage2"
+    left_behind.mkdir(parents=True)
     kept: list[int] = []
     failed, done = measure_accuracy(
         str(recipe), ["cosformer"], 24, tmp_path / "runs", ["seed=3"], lambda rows: kept.append(len(rows))
@@ -59,3 +66,11 @@ def test_a_real_adaptation_and_one_that_fails(tmp_path, monkeypatch):
     assert done.kept == done.top1 / done.teacher_top1
     config = (tmp_path / "runs" / "cosformer-native" / "stage3" / "config.yaml").read_text()
     assert "seed: 3" in config and "steps: 3" in config
+    assert not left_behind.exists(), "a stage would start from it"
+
+
+def test_a_recipe_without_labels_is_refused(tmp_path):
+    write_shards([{"png": Image.new("RGB", (16, 16))}] * 14, tmp_path / "plain", "val", 14)
+    recipe = write_tiny_recipe(tmp_path)
+    with pytest.raises(ValueError, match="needs labels"):
+        measure_accuracy(str(recipe), ["linear"], 24, tmp_path / "runs", [f"data.val=[{tmp_path}/plain/val-*.tar]"])

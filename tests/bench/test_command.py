@@ -14,7 +14,7 @@ from command import TrainingFailed, run_training
         ("", "no output"),
     ],
 )
-def test_thetelling_line(output, said):
+def test_the_telling_line(output, said):
     assert said in command.telling_line(output)
 
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -124,7 +125,8 @@ def test_no_stamp_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
     assert {stamp.label for stamp in splits["val"]} == set(range(12))
 
 
-def test_missing_packages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(build, "check_checkpoint", lambda out: None)
     assert build.main(str(tmp_path), str(tmp_path / "out")) == 1
     assert "wallpaper packages" in capsys.readouterr().err
     assert not (tmp_path / "out" / "classes.json").exists()
@@ -205,19 +207,18 @@ def test_another_graph_is_refused_by_what_it_lacks() -> None:
         checkpoint.timm_state(weights, nodes, depth=2)
 
 
-@pytest.mark.parametrize("shift, code", [(0.0, 0), (0.1, 1)], ids=["same", "another"])
-def test_the_verification_compares_features(tmp_path: Path, monkeypatch, capsys, shift: float, code: int) -> None:
-    verify = load_script("verify")
-    monkeypatch.setattr(verify, "MODEL", "vit_tiny_patch16_224")
+@pytest.mark.parametrize("shift", [0.0, 0.1], ids=["same", "another"])
+def test_the_checkpoint_is_held_against_the_graphs_features(tmp_path: Path, shift: float) -> None:
     torch.manual_seed(0)
     model = build_backbone("vit_tiny_patch16_224", [32, 32]).eval()
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         features = model(images)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    save_file({"images": images, "features": features * (1 + shift)}, tmp_path / "reference.safetensors")
-    assert verify.main(str(tmp_path / "model.safetensors"), str(tmp_path / "reference.safetensors")) == code
-    assert ("does not fit" in capsys.readouterr().err) == bool(code)
+    save_file(model.state_dict(), tmp_path / build.CHECKPOINT)
+    save_file({"images": images, "features": features * (1 + shift)}, tmp_path / build.REFERENCE)
+    with pytest.raises(ValueError, match="does not fit") if shift else nullcontext():
+        build.check_checkpoint(tmp_path, "vit_tiny_patch16_224")
+    assert (tmp_path / build.REFERENCE).exists() == bool(shift), "it is no part of the finished folder"
 
 
 def run_build(folder: Path, path: str | None = None) -> subprocess.CompletedProcess:
