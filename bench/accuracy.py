@@ -11,12 +11,11 @@ from adala.attention import resolve_mechanism
 from adala.build import build_scorer, build_teacher
 from adala.config import Recipe, load_recipe
 from adala.conversion import STAGE_NAMES
-from adala.distributed import device
+from adala.distributed import device, say
 from adala.evaluation import Scorer
 from adala.export import load_classifier, load_student
 from adala.files import remove_tree
 from adala.plan import conversion_of, resolve_run, run_folder
-from adala.progress import say
 
 
 def conversion_names(mechanism: str) -> list[str]:
