@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from adala.distributed import from_rank_0, gather_objects, say, world_size
+from adala.distributed import SharedError, from_rank_0, gather_objects, say, world_size
 from adala.engine import Engine
 from adala.files import file_checksum, read_json, remove_tree, sync_file, sync_folder, write_json
 from adala.runs import CHECKPOINT_MARKER as MARKER
@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, engine: Engine, step: int, state: dict[str, An
         ValueError: The weights are not finite, or there is no room on the disk; nothing is left of the attempt.
     """
     if not all(gather_objects(engine.has_finite_weights())):
-        raise ValueError(
+        raise SharedError(
             f"step {step}: the weights are not finite, and are not saved; the last checkpoint is intact: "
             "lower the learning rate, lengthen the warm-up, or look at the data"
         )
@@ -135,7 +135,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
         ("zero_stage", engine.zero_stage, "use the same ds_config"),
     ):
         if state[key] != here:
-            raise ValueError(
+            raise SharedError(
                 f"checkpoint {path} was written with {key} {state[key]}, this run has {here}: {advice}, "
                 "or start the stage anew with --overwrite"
             )

@@ -180,18 +180,20 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+class SharedError(ValueError):
+    """A mistake that every rank raises alike, so that one of them can tell it for all."""
+
+
 def raise_together(error: Exception | None) -> None:
     """Raises on every rank when at least one has an ``error``, so that none waits for a rank that is gone.
 
     Raises:
-        Exception: This rank's own error where it has one, else a ValueError that repeats the first other rank's.
+        SharedError: With the message of the first rank that has an error.
     """
     messages = gather_objects(None if error is None else str(error))
-    if error is not None:
-        raise error
     first = next((message for message in messages if message is not None), None)
     if first is not None:
-        raise ValueError(first)
+        raise SharedError(first) from error
 
 
 def from_rank_0(action: Callable[[], Result]) -> Result:
@@ -200,7 +202,7 @@ def from_rank_0(action: Callable[[], Result]) -> Result:
     One rank looks and decides, so that no two can come to different answers.
 
     Raises:
-        ValueError: On every rank, where the action failed on rank 0 (there the error itself, if it is an OSError).
+        SharedError: The action raised a ValueError or an OSError.
     """
     result, error = None, None
     if rank() == 0:
@@ -219,13 +221,14 @@ def has_lost_peer(error: Exception) -> bool:
 
 
 def report_error(error: Exception) -> None:
-    """Prints a user's error as one sentence, once: rank 0 at once, another rank only if it outlives rank 0's exit.
+    """Prints a user's error as one sentence, once: rank 0 at once, another rank only what rank 0 may not know.
 
-    An error of all ranks is printed by rank 0, whose exit makes the launcher end the others; an error of one rank only
-    is printed by that rank a moment later.
+    That is an error of that rank alone; it waits a moment, since rank 0's exit makes the launcher end the others.
     """
     # From the environment: a mistake on the command line is found before there is a process group.
     if int(os.environ.get("RANK", 0)) != 0:
+        if isinstance(error, SharedError):
+            return
         time.sleep(5)
     print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
 

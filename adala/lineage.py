@@ -61,7 +61,8 @@ def decide(
     for folder in (new, final) if record is None else (new,):
         attempt = folder.attempt()
         if attempt is not None and not differing(attempt, asked, may_grow=_steps_key(number)):
-            return Decision(folder, False, folder is new, f"{reason}; going on with what was begun")
+            begun = "begun and not finished" if record is None else f"{reason}, and begun already"
+            return Decision(folder, False, folder is new, f"{begun}: going on with it")
     begun = final.attempt() if record is None and final.has_checkpoint() else None
     if begun is None:
         return Decision(final if record is None else new, True, record is not None, reason)

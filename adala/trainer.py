@@ -12,7 +12,16 @@ import torch
 from adala.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from adala.config import StageConfig
 from adala.data import EvaluationLoader, StreamState, TrainLoader
-from adala.distributed import all_reduce_sum, any_rank, gather_objects, peak_memory_mib, rank, say, world_size
+from adala.distributed import (
+    SharedError,
+    all_reduce_sum,
+    any_rank,
+    gather_objects,
+    peak_memory_mib,
+    rank,
+    say,
+    world_size,
+)
 from adala.engine import Engine
 from adala.evaluation import Evaluator
 from adala.optim import rate_factor
@@ -157,7 +166,7 @@ class Trainer:
     def _refuse_non_finite(self, metrics: Mapping[str, float], step: int) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            raise ValueError(
+            raise SharedError(
                 f"step {step}: {', '.join(bad)} not finite; the last checkpoint is intact: "
                 "lower the learning rate, lengthen the warm-up, or look at the data"
             )
@@ -170,7 +179,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         say(f"step {self.step + 1}: skipped, its gradient is not finite")
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise ValueError(
+            raise SharedError(
                 f"step {self.step + 1}: the gradients of {self.skipped_in_a_row} steps in a row were not finite, and "
                 "the weights were left alone: lower the learning rate, or use a ds_config without bf16"
             )
@@ -194,7 +203,7 @@ def _equally_many(loader: EvaluationLoader) -> Iterator[tuple[dict[str, Any], bo
     batches = iter(loader)
     last = next(batches, None)
     if any_rank(last is None):
-        raise ValueError("a rank found no usable held-out sample: name other shards in data.val")
+        raise SharedError("a rank found no usable held-out sample: name other shards in data.val")
     yield last, True
     for _ in range(max(gather_objects(len(loader))) - 1):
         batch = next(batches, None)
