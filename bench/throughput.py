@@ -129,6 +129,7 @@ def loader(options: argparse.Namespace, overrides: list[str]) -> list[Row]:
         ValueError: Recipe, teacher or data are at fault, or the run has no metrics.
     """
     consumed = consumed_here(options, overrides) if options.run is None else consumed_in_run(options.run)
+    options.consumed_images_per_s = consumed
     print(f"consumed, images/s: {consumed}")
     rows = []
     for workers in options.workers:
