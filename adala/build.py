@@ -11,6 +11,7 @@ from torch import nn
 
 from adala.attention import insert_lora
 from adala.backbones import build_backbone, check_image_size, load_teacher
+from adala.checkpoint import KEPT_CHECKPOINTS
 from adala.conversion import LoraSpec
 from adala.data import (
     EvaluationLoader,
@@ -33,9 +34,6 @@ from adala.students import LinearizedVisionTransformer, linearize
 
 # Images on which the variance of a stage's targets is measured.
 CALIBRATION_SAMPLES = 128
-# A training checkpoint holds weights, AdamW's moments and float32 weights; two are kept while a third is written.
-CHECKPOINT_BYTES_PER_PARAMETER = 3 * 16
-EXPORT_BYTES_PER_PARAMETER = 4
 
 
 def build_teacher(plan: TeacherPlan) -> VisionTransformer:
@@ -268,23 +266,31 @@ def rehearse(plan: RunPlan) -> None:
         ValueError: Whatever a builder refuses, or a disk without room for the run's checkpoints and students.
     """
     model = plan.model
-    with torch.device("meta"):
-        outline = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
-        check_image_size(outline, model.teacher.image_size)
-        for stage_plan in plan.stages:
+    needed = 0
+    for stage_plan in plan.stages:
+        with torch.device("meta"):
+            outline = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
+            check_image_size(outline, model.teacher.image_size)
             student = unaligned_student(model, outline)
             prepare_student(stage_plan, student)
-            build_stage(stage_plan, student, outline)
-    for stage_plan in plan.stages:
+            stage = build_stage(stage_plan, student, outline)
         build_train_loader(stage_plan)
         build_monitor_loader(stage_plan)
-    parameters = sum(p.numel() for p in outline.parameters())
-    _check_disk(plan.run.path, parameters, len(plan.stages))
+        needed += _bytes_on_disk(stage_plan, stage)
+    _check_disk(plan.run.path, needed)
 
 
-def _check_disk(path: Path, parameters: int, stages: int) -> None:
+def _bytes_on_disk(plan: StagePlan, stage: Stage) -> int:
+    """About what a stage leaves there: its last checkpoints, and its student in float32."""
+    weights = 4 * sum(parameter.numel() for parameter in stage.parameters())
+    # AdamW's two moments and the float32 weights of what trains.
+    checkpoint = weights + 12 * sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad)
+    saved = 1 + (plan.config.steps - 1) // plan.config.save_every if plan.config.save_every else 1
+    return min(KEPT_CHECKPOINTS, saved) * checkpoint + weights
+
+
+def _check_disk(path: Path, needed: int) -> None:
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
-    needed = stages * parameters * (CHECKPOINT_BYTES_PER_PARAMETER + EXPORT_BYTES_PER_PARAMETER)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

@@ -16,9 +16,12 @@ from adala.runs import CHECKPOINT_MARKER as MARKER
 
 STATE = "trainer.json"
 PARTIAL_PREFIX = "partial-"
+KEPT_CHECKPOINTS = 2
 
 
-def save_checkpoint(folder: Path, engine: Engine, step: int, state: dict[str, Any], keep_last: int = 2) -> Path:
+def save_checkpoint(
+    folder: Path, engine: Engine, step: int, state: dict[str, Any], keep_last: int = KEPT_CHECKPOINTS
+) -> Path:
     """Saves engine and trainer state after ``step`` optimizer steps; every rank calls it.
 
     Args:

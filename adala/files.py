@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,24 @@ sync_folder = sync_file
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return "sha256:" + digest.hexdigest()
 
 
-def file_checksum(path: Path, block_bytes: int = 2**22) -> int:
+def file_checksum(path: Path) -> int:
     """CRC-32 of a file: finds damage at the speed of a disk."""
     value = 0
-    with path.open("rb") as file:
-        while block := file.read(block_bytes):
-            value = zlib.crc32(block, value)
+    for block in _blocks(path):
+        value = zlib.crc32(block, value)
     return value
+
+
+def _blocks(path: Path, size: int = 2**22) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(size):
+            yield block
 
 
 def value_digest(value: Any) -> str:
