@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 from pictures import pictures
 from results import Results, read_results, write_results
-from sentences import DEFINITIONS, answer, conditions, verdict
+from sentences import Sentences
 from tables import sections
 
 
@@ -34,14 +34,10 @@ TEMPLATES.filters |= {"inline": _inline, "base64": lambda text: base64.b64encode
 
 def _words(results: Results) -> dict[str, Any]:
     """What both templates say: sentences, tables by heading, and pairs of a condition and its value."""
-    return {
-        "verdict": verdict(results),
-        "answer": answer(results),
-        "sections": sections(results),
-        "conditions": conditions(results),
-        "notes": results.notes,
-        "definitions": DEFINITIONS,
-    }
+    say = Sentences(results)
+    (verdict,) = say("verdict")
+    words = {"verdict": verdict, "answer": say("answer"), "sections": sections(results, say), "notes": results.notes}
+    return words | {"conditions": say.conditions(), "definitions": say("definitions")}
 
 
 def markdown(results: Results) -> str:
