@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,6 @@ class Settings:
     """What the command line asks for, with everything that depends on the device filled in.
 
     Attributes:
-        options: The command line.
-        device: Where everything runs.
         network: Backbone, batch and dtype of every case.
         outline: The backbone without memory for its weights.
         mechanisms: In the order of the rows.
@@ -97,8 +96,10 @@ def build_settings(options: argparse.Namespace) -> Settings:
     unknown = [name for name in options.mechanisms if name not in known]
     if unknown:
         raise ValueError(f"--mechanisms {unknown[0]}: the bench has {', '.join(known)}")
-    device = pick_device(options.device)
-    on_gpu, paper = device.type == "cuda", options.protocol == "paper"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU")
+    on_gpu, paper = options.device != "cpu" and torch.cuda.is_available(), options.protocol == "paper"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     # DINOv2-style: with LayerScale.
     default, model_args = "vit_large_patch16_224" if on_gpu else "vit_small_patch16_224", {"init_values": 1e-5}
     model_args = ({} if options.backbone else model_args) | (options.model_args or {})
@@ -118,14 +119,6 @@ def build_settings(options: argparse.Namespace) -> Settings:
     notes.append(f"protocol {options.protocol}, batch {options.batch}, {dtype} ({reason})")
     mechanisms = tuple(name for name in known if name in options.mechanisms)
     return Settings(options, device, replace(network, dtype=dtype), outline, mechanisms, notes)
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def conditions(settings: Settings) -> dict[str, Any]:
@@ -167,12 +160,10 @@ def load_average() -> float | None:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.machine()
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.exists() else ""
+    named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else (not text and platform.processor()) or platform.machine()
 
 
 def _commit() -> str | None:
