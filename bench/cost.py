@@ -52,10 +52,7 @@ def measure_cost(case: Case) -> Cost:
 
 
 def measure_memory_apart(case: Case, device: torch.device, timeout_s: float = 1800) -> dict[str, float | None]:
-    """Measures in a process of its own: what one case leaves behind would count for the next.
-
-    Returns:
-        The fields of a row in MiB: ``peak_mem_mib``, ``weights_mib``, ``activations_mib``, ``process_mib``.
+    """A row's memory in MiB by field, from a process of its own: what one case leaves behind would count for the next.
 
     Raises:
         CaseFailed: The process failed, for want of memory or for another reason.

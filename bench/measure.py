@@ -15,14 +15,13 @@ import timing
 import torch
 from cases import NONE, SOFTMAX
 from results import Row, SweepRow
-from settings import Settings
+from settings import ImageSize, Settings
 from timing import Runner, percentile
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 # The compiled network must give what the eager one gives, up to rounding that adds up over its blocks.
 COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-ImageSize = tuple[int, int]
 
 
 def say(message: str = "") -> None:
@@ -170,9 +169,6 @@ def time_size(
     """Fills in gate, latencies, ratios and energy of a resolution's rows that stand so far.
 
     Args:
-        settings: The bench's.
-        rows: By mechanism.
-        image_size: Height and width.
         deadline: By the monotonic clock, for this size and all later ones.
         later: What a pass over all cases costs at each later size, relative to this one.
     """

@@ -54,33 +54,24 @@ def pictures(results: Results) -> list[tuple[str, str]]:
         f"Accuracy against speed: top-1 on recipe {results.machine.get('recipe', 'tiny')} (another, smaller "
         f"network) over images/s of {results.machine.get('backbone')} at {res} px."
     )
-    speed_lines = partial(draw_lines, ylabel="speed against softmax (log scale)", level=1.0)
+    images, speed, mib = (f"{what} (log scale)" for what in ("images/s", "speed against softmax", "activations, MiB"))
+    ratios = partial(draw_lines, ylabel=speed, level=1.0)
+    lowest = "Memory for activations against tokens (lower is better); weights come on top."
+    largest = [row for row in rows if row.res == res and row.activations_mib]
     found = [
-        (
-            "Throughput against tokens (higher is better).",
-            throughput,
-            partial(draw_lines, ylabel="images/s (log scale)"),
-        ),
-        ("The same against softmax: above 1 a mechanism is worth it.", compared, speed_lines),
-        (f"{swept}, whole network: {crosses}", lines_of(networks, "ratio_vs_softmax"), speed_lines),
-        (f"{swept}, mixing of one layer alone: {crosses}", lines_of(operators, "ratio_vs_softmax"), speed_lines),
-        (
-            "Memory for activations against tokens (lower is better); weights come on top.",
-            memory,
-            partial(draw_lines, ylabel="activations, MiB (log scale)"),
-        ),
-        (
-            f"Weights and activations at {res} px.",
-            [row for row in rows if row.res == res and row.activations_mib],
-            draw_memory,
-        ),
+        ("Throughput against tokens (higher is better).", throughput, partial(draw_lines, ylabel=images)),
+        ("The same against softmax: above 1 a mechanism is worth it.", compared, ratios),
+        (f"{swept}, whole network: {crosses}", lines_of(networks, "ratio_vs_softmax"), ratios),
+        (f"{swept}, mixing of one layer alone: {crosses}", lines_of(operators, "ratio_vs_softmax"), ratios),
+        (lowest, memory, partial(draw_lines, ylabel=mib)),
+        (f"Weights and activations at {res} px.", largest, draw_memory),
         (scatter, points, partial(draw_scatter, xlabel=f"images/s at {res} px", ylabel="top-1 (%)")),
     ]
     return [(caption, draw(data)) for caption, data, draw in found if data]
 
 
 def as_svg(fill: Callable[..., None]) -> Callable[..., str]:
-    """Turns a function that fills axes into one whose value is the SVG; letters are drawn as curves, alike everywhere."""
+    """Turns a function that fills axes into one that gives the SVG; letters are drawn as curves, alike everywhere."""
 
     @wraps(fill)
     def draw(data: Any, **labels: Any) -> str:

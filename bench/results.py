@@ -145,18 +145,8 @@ def read_results(path: Path) -> Results:
         raise ValueError(f"{path} does not follow the schema: {error}") from error
 
 
-def write_results(path: Path, results: Results) -> None:
-    """Writes ``results.json`` into a folder that exists, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_json(results), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
 def crossover(points: Sequence[tuple[int, float | None]]) -> tuple[str, float | None]:
-    """Where the ratio to softmax reaches 1 for good.
-
-    Args:
-        points: Tokens and how many times faster than softmax, None where that could not be measured.
+    """Where the ratio to softmax reaches 1 for good, from pairs of tokens and ratio (None where it was not measured).
 
     Returns:
         ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements; and for

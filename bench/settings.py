@@ -19,6 +19,8 @@ import torch
 from allocator import keep_freed_memory, use_huge_pages
 from timm.models.vision_transformer import VisionTransformer
 
+ImageSize = tuple[int, int]  # height and width in pixels
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -38,7 +40,7 @@ class Settings:
     outline: VisionTransformer
     mechanisms: tuple[str, ...]
     notes: list[str]
-    softmax: dict[tuple[int, int], str] = field(default_factory=dict)
+    softmax: dict[ImageSize, str] = field(default_factory=dict)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -50,7 +52,7 @@ class Settings:
         paper = self.options.protocol == "paper"
         return "off" if paper and self.options.compile == "auto" else self.options.compile
 
-    def softmax_at(self, image_size: tuple[int, int]) -> str:
+    def softmax_at(self, image_size: ImageSize) -> str:
         """``unfused``, the backend asked for, or whichever is fastest at this size, found out once."""
         if self.options.protocol == "paper":
             return cases.UNFUSED
@@ -64,12 +66,12 @@ class Settings:
             self.softmax[image_size] = timing.fastest_sdpa_backend(q, k, v)
         return self.softmax[image_size]
 
-    def case(self, mechanism: str, image_size: tuple[int, int]) -> cases.Case:
+    def case(self, mechanism: str, image_size: ImageSize) -> cases.Case:
         softmax = self.softmax_at(image_size) if mechanism == cases.SOFTMAX else None
         options = cases.PAPER_OPTIONS.get(mechanism, {}) if self.options.protocol == "paper" else {}
         return replace(self.network, mechanism=mechanism, image_size=image_size, options=options, softmax=softmax)
 
-    def image_sizes(self, resolutions: Sequence[int]) -> list[tuple[int, int]]:
+    def image_sizes(self, resolutions: Sequence[int]) -> list[ImageSize]:
         """Sizes that the patch divides, in ascending order, without repetition; rounding down is noted.
 
         Raises:
@@ -139,13 +141,10 @@ def conditions(settings: Settings) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "driver": timing.nvml(settings.device, "nvmlSystemGetDriverVersion"),
-        "backbone": network.backbone,
-        "model_args": network.model_args,
+        **{name: getattr(network, name) for name in ("backbone", "model_args", "dtype", "batch")},
         "patch_size": list(settings.patch_size),
         "num_prefix_tokens": settings.outline.num_prefix_tokens,
         "protocol": settings.options.protocol,
-        "dtype": network.dtype,
-        "batch": network.batch,
         "tf32": False,
         "compile": settings.compile,
         "softmax": "fused" if settings.options.protocol == "best" else cases.UNFUSED,
@@ -170,7 +169,6 @@ def _commit() -> str | None:
     """The commit of the project, with ``+`` where its files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

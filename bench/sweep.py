@@ -10,7 +10,7 @@ import timing
 import torch
 from measure import Network, prepare, release, say, standing, time_rounds
 from results import CrossoverRow, SweepRow, crossover
-from settings import Settings
+from settings import ImageSize, Settings
 
 
 def doubling_grids(most_tokens: int) -> list[tuple[int, int]]:
@@ -51,12 +51,9 @@ def run_sweep(settings: Settings, most_tokens: int, budget_s: float) -> tuple[li
 
 
 def operator_runners(
-    settings: Settings, networks: Mapping[str, Network], image_size: tuple[int, int]
+    settings: Settings, networks: Mapping[str, Network], image_size: ImageSize
 ) -> dict[str, timing.Runner]:
-    """The mixing of the first block alone, over q, k, v as strided views of one packed projection.
-
-    Compiled where the network is.
-    """
+    """The first block's mixing over q, k, v as strided views of one packed tensor, compiled where the network is."""
     runners = {}
     images = cases.make_images(settings.case(cases.NONE, image_size), settings.device)
     for name, network in networks.items():

@@ -66,10 +66,7 @@ Speedup = tuple[float | None, float | None, float | None]
 
 
 def measure_for(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Measure:
-    """Measures on the host where calls finish before they return; on a GPU between two events around all of them.
-
-    There the time in which the GPU waits for the host counts.
-    """
+    """By the host's clock; on a GPU between two events around all calls, so that its waiting for the host counts."""
 
     def on_host(runner: Runner, iterations: int) -> float:
         with runner.context():
@@ -147,10 +144,7 @@ def interleave(
 
 
 def speedup(baseline: Sequence[float | None], case: Sequence[float | None]) -> Speedup:
-    """How many times faster ``case`` is: the median of the ratios within a round, and :func:`median_interval` of it.
-
-    None where no round has both.
-    """
+    """How many times faster ``case`` is: median of rounds' ratios, and its interval; None where no round has both."""
     ratios = [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
     return (median(ratios), *median_interval(ratios)) if ratios else (None, None, None)
 
@@ -280,10 +274,7 @@ def nvml(device: torch.device, function: str) -> Any:
 
 
 def energy_mj_per_image(runner: Runner, batch: int, device: torch.device, window_s: float = 2.0) -> float | None:
-    """Energy of the whole GPU over at least ``window_s`` of nothing but this case, in millijoules an image.
-
-    NVML's counter moves about ten times a second, so that the window must be long against that.
-    """
+    """Energy of the whole GPU in millijoules an image, over a window that is long against the counter's 0.1 s."""
     counter = "nvmlDeviceGetTotalEnergyConsumption"
     if nvml(device, counter) is None:
         return None
@@ -296,10 +287,7 @@ def energy_mj_per_image(runner: Runner, batch: int, device: torch.device, window
 
 
 def bfloat16_pays_on_cpu() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32 ones; without instructions for it not.
-
-    A linear layer of ViT-S at 512 px: twice as fast or several times slower, so that the answer does not waver.
-    """
+    """Whether this CPU multiplies bfloat16 matrices clearly faster: a layer of ViT-S at 512 px, so that it is clear."""
     taken = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(1025, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
