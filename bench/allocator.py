@@ -16,8 +16,7 @@ HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def keep_freed_memory() -> bool:
     """Has glibc reuse freed blocks in this process instead of giving them back to the system; whether it does now.
 
-    Else every large temporary is mapped, paged in and unmapped again in each forward pass, which costs mechanisms with
-    large temporaries up to a third of their time, and a different part of it in every process.
+    Else every large temporary is paged in anew in each pass: up to a third of the time, and another part in every run.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     return mallopt is not None and all(mallopt(*o) == 1 for o in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)))
@@ -26,9 +25,7 @@ def keep_freed_memory() -> bool:
 def use_huge_pages() -> bool:
     """Has Linux back the heap of this process with huge pages from here on; whether it does. Call it first thing.
 
-    On which small pages a large temporary happens to lie differs from process to process, and moved the ratios of
-    mechanisms with large temporaries by 8 %. Takes a block that lies in the heap and frees it again, so that it needs
-    :func:`keep_freed_memory` before it.
+    Where small pages lie moved ratios by 8 %. It takes and frees a block of the heap: :func:`keep_freed_memory` first.
     """
     if not HUGE_PAGES_SETTING.exists() or "[never]" in HUGE_PAGES_SETTING.read_text():
         return False

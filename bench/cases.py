@@ -50,12 +50,9 @@ class Case:
 
     Attributes:
         backbone: timm name of the ViT around it, which is built without a head.
-        model_args: Further arguments of timm's constructor.
         mechanism: A mechanism's name, or ``none``: values are passed through, the ceiling for all others.
         image_size: Height and width in pixels.
-        options: Options of the mechanism by field name.
         batch: Images of one forward pass.
-        dtype: Name of the dtype of weights and activations.
         softmax: Backend of PyTorch's fused attention that softmax is pinned to, or ``unfused``: three operations and
             an N x N matrix.
     """
@@ -88,14 +85,15 @@ def build_outline(case: Case) -> VisionTransformer:
     Raises:
         ValueError: timm knows no such network, or it is not a plain ViT.
     """
-    for side in OUTLINE_SIDES:
-        try:
-            with torch.device("meta"):
+    *sides, last = OUTLINE_SIDES
+    with torch.device("meta"):
+        for side in sides:
+            try:
                 return replace(case, image_size=(side, side)).build_backbone()
-        except ValueError as error:
-            if "patch size" not in str(error) or side == OUTLINE_SIDES[-1]:
-                raise
-    raise AssertionError("the loop returns or raises")
+            except ValueError as error:
+                if "patch size" not in str(error):
+                    raise
+        return replace(case, image_size=(last, last)).build_backbone()
 
 
 def num_tokens(model: VisionTransformer, image_size: tuple[int, int]) -> int:
@@ -128,16 +126,12 @@ class UnfusedSoftmaxMixer(SoftmaxMixer):
 def build_model(case: Case, backbone: VisionTransformer | None = None) -> VisionTransformer:
     """The network of a case in eval mode, its attention replaced by the mechanism.
 
-    Args:
-        case: What to build.
-        backbone: The softmax network to start from; None builds one with timm's random weights, in float32.
+    It is made from ``backbone``, or from one with timm's random weights in float32.
     """
-    backbone = case.build_backbone() if backbone is None else backbone
-    stand_in = case.mechanism == NONE
-    student = linearize(backbone, "linear" if stand_in else case.mechanism, options=case.options)
-    replacement = PassThroughMixer if stand_in else None
-    if case.mechanism == SOFTMAX and case.softmax == UNFUSED:
-        replacement = UnfusedSoftmaxMixer
+    unfused = case.mechanism == SOFTMAX and case.softmax == UNFUSED
+    replacement = PassThroughMixer if case.mechanism == NONE else UnfusedSoftmaxMixer if unfused else None
+    mechanism = "linear" if case.mechanism == NONE else case.mechanism
+    student = linearize(case.build_backbone() if backbone is None else backbone, mechanism, options=case.options)
     for shell in linearized_blocks(student).values() if replacement else ():
         shell.token_mixer = replacement(shell.token_mixer.shape)
     return student.eval().requires_grad_(False)
@@ -178,16 +172,19 @@ class Gate:
     """Whether a fast path computes what its reference says.
 
     Attributes:
-        green: Whether both errors are within their tolerance.
         error: rms(reference - out) / rms(reference).
         worst_row: The same for the single token that is furthest off.
         tolerance: Largest permitted ``error``; ``worst_row`` may be :data:`WORST_ROW_FACTOR` times that.
     """
 
-    green: bool
     error: float
     worst_row: float
     tolerance: float
+
+    @property
+    def green(self) -> bool:
+        # Written so that NaN is red.
+        return self.error <= self.tolerance and self.worst_row <= WORST_ROW_FACTOR * self.tolerance
 
 
 @dataclass(frozen=True)
@@ -233,21 +230,16 @@ def check_call(call: MixerCall) -> Gate:
     mixer, (num_heads, num_tokens) = call.mixer, call.q.shape[1:3]
     heads = slice(0, 1) if num_tokens >= 2048 else slice(0, None, max(1, num_heads - 1))
     q, k, v, out = (x[-1:, heads].cpu().double() for x in (call.q, call.k, call.v, call.out))
+    parts = [q]
     if mixer.rows_are_independent:
         rows = _sampled_rows(num_tokens)
-        out = out[:, :, rows]
         at_a_time = max(1, REFERENCE_ENTRIES // (q.shape[1] * num_tokens * mixer.reference_width))
-        parts = [mixer.reference(q[:, :, part], k, v, call.layout, heads) for part in rows.split(at_a_time)]
-        expected = torch.cat(parts, dim=-2)
-    else:
-        expected = mixer.reference(q, k, v, call.layout, heads)
+        out, parts = out[:, :, rows], q[:, :, rows].split(at_a_time, dim=-2)
+    expected = torch.cat([mixer.reference(part, k, v, call.layout, heads) for part in parts], dim=-2)
     difference, scale = (out - expected).square().sum(-1), expected.square().sum(-1)  # (1, heads, rows)
     error = float((difference.sum() / scale.sum()).sqrt())
     worst_row = float((difference / scale.mean(-1, keepdim=True)).max().sqrt())
-    tolerance = GATE_TOLERANCE[call.v.dtype]
-    # Written so that NaN is red.
-    green = error <= tolerance and worst_row <= WORST_ROW_FACTOR * tolerance
-    return Gate(green, error, worst_row, tolerance)
+    return Gate(error, worst_row, GATE_TOLERANCE[call.v.dtype])
 
 
 def _sampled_rows(num_tokens: int) -> Tensor:
@@ -264,11 +256,7 @@ def run_gate(model: VisionTransformer, run: Callable[[], Any]) -> Gate:
 
 
 class CaseFailed(RuntimeError):
-    """A case has no result, for a reason that the bench knows.
-
-    Attributes:
-        kind: The row's ``error_kind``.
-    """
+    """A case has no result, for a reason that the bench knows; ``kind`` is the row's ``error_kind``."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -282,9 +270,9 @@ def failure(error: BaseException) -> tuple[str, str]:
     """
     if isinstance(error, CaseFailed):
         return str(error), error.kind
-    message = " ".join(str(error).split())
-    said = ("can't allocate memory", "not enough memory", "out of memory")
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    out_of_memory |= isinstance(error, RuntimeError) and any(words in message for words in said)
-    sentence = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return sentence, OUT_OF_MEMORY if out_of_memory else "exception"
+    message, name = " ".join(str(error).split()), type(error).__name__
+    said = any(words in message for words in ("can't allocate memory", "not enough memory", "out of memory"))
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and said
+    )
+    return f"{name}: {message}" if message else name, OUT_OF_MEMORY if out_of_memory else "exception"

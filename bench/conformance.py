@@ -43,8 +43,6 @@ class Case:
     """One file: its tensors, and its metadata.
 
     Attributes:
-        mechanism: Name of the mechanism.
-        case: Name of the case.
         options: Of the mixer; of :class:`LoraLinear` where the file holds an adapted layer and its input x.
         tensors: Inputs (q, k, v or x), ``out`` and the other ``outputs``; ``loss_xent``, ``loss_mse`` and gradients
             (``grad_PARAMETER_xent``, ...); the rest is the state dict.
@@ -67,8 +65,7 @@ class Case:
         return [name for name in self.tensors if name.startswith(("loss_", "grad_"))]
 
     def weights(self) -> dict[str, Tensor]:
-        inputs = ("x",) if "x" in self.tensors else ("q", "k", "v")
-        others = {*inputs, "out", *self.outputs, *self.losses()}
+        others = {*("x" if "x" in self.tensors else "qkv"), "out", *self.outputs, *self.losses()}
         return {name: tensor for name, tensor in self.tensors.items() if name not in others}
 
 
@@ -140,6 +137,10 @@ class Comparison(NamedTuple):
     error: float
     tolerance: float
 
+    @property
+    def failed(self) -> bool:
+        return not self.error < self.tolerance  # NaN is below no tolerance
+
 
 def max_error(ours: Tensor, stored: Tensor) -> float:
     """Largest absolute difference; infinite where shapes differ, or a row that is stored as zero is not zero."""
@@ -157,8 +158,7 @@ def check_case(case: Case) -> list[Comparison]:
     out = case.tensors["out"]
     official = FLOAT32_PER_OFFICIAL * (case.official_fp32_max_abs_err or 0.0)
     tolerance = max(official, FLOAT32_PER_OUTPUT * float(out.abs().max()), FLOAT32_FLOOR)
-    for ours in run(case, torch.float32):
-        found.append(Comparison("out", "float32", max_error(ours, out), tolerance))
+    found += [Comparison("out", "float32", max_error(ours, out), tolerance) for ours in run(case, torch.float32)]
     for name in case.losses():
         stored = case.tensors[name]
         # A gradient can be zero throughout, where all weights are clamped.
@@ -168,24 +168,14 @@ def check_case(case: Case) -> list[Comparison]:
     return found
 
 
-def failures(comparisons: list[Comparison]) -> list[str]:
-    # NaN is below no tolerance.
-    return [tensor for tensor, _, error, tolerance in comparisons if not error < tolerance]
-
-
 def report_line(case: Case, comparisons: list[Comparison]) -> str:
     line = f"{f'{case.mechanism} {case.case}':24s} "
     for measure in dict.fromkeys(comparison.measure for comparison in comparisons):
         errors, tolerances = zip(*((c.error, c.tolerance) for c in comparisons if c.measure == measure), strict=True)
         # Of torch, since Python's max passes over NaN.
         line += f"{measure} {float(torch.tensor(errors).max()):.1e} (below {tolerances[0]:.1e})  "
-    failed = dict.fromkeys(failures(comparisons))
+    failed = dict.fromkeys(comparison.tensor for comparison in comparisons if comparison.failed)
     return line + (f"FAILED: {', '.join(failed)}" if failed else "ok")
-
-
-def case_paths(path: Path) -> list[Path]:
-    """The files that a path stands for; where there are none, the path itself, which then is not understood."""
-    return sorted(path.rglob("*.safetensors")) or [path] if path.is_dir() else [path]
 
 
 def check_file(path: Path) -> bool:
@@ -198,14 +188,16 @@ def check_file(path: Path) -> bool:
         print(f"{path}: not understood: {' '.join(reason.split())}", flush=True)
         return False
     print(report_line(case, comparisons), flush=True)
-    return not failures(comparisons)
+    return not any(comparison.failed for comparison in comparisons)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Checks all files under the paths given; 0 if all are ok, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a .safetensors file or a folder of them")
-    paths = [path for given in parser.parse_args(arguments).paths for path in case_paths(given)]
+    given = parser.parse_args(arguments).paths
+    # A folder without files stands for itself, and then is not understood.
+    paths = [path for one in given for path in (one.is_dir() and sorted(one.rglob("*.safetensors"))) or [one]]
     return 0 if all([check_file(path) for path in paths]) else 1
 
 

@@ -4,10 +4,12 @@ MACs are multiply-accumulates of matrix products and convolutions alone; exponen
 products are not counted. A GFLOP of the usual count is half a GMAC.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,13 +31,7 @@ OUT_OF_MEMORY_CODE = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image.
-
-    Attributes:
-        tokens: N.
-        parameters: Of the network without a head, the mechanism's own included.
-        macs: Multiply-accumulates.
-    """
+    """Of one image: N, parameters of the network without a head, the mechanism's own included, and MACs."""
 
     tokens: int
     parameters: int
@@ -56,10 +52,7 @@ def measure_cost(case: Case) -> Cost:
 
 
 def measure_memory_apart(case: Case, device: torch.device, timeout_s: float = 1800) -> dict[str, float | None]:
-    """Measures in a process of its own: what one case leaves behind would count for the next.
-
-    Returns:
-        The fields of a row in MiB: ``peak_mem_mib``, ``weights_mib``, ``activations_mib``, ``process_mib``.
+    """A row's memory in MiB by field, from a process of its own: what one case leaves behind would count for the next.
 
     Raises:
         CaseFailed: The process failed, for want of memory or for another reason.
@@ -101,10 +94,7 @@ def _memory(model: nn.Module, peak: float, activations: float, process: float | 
 
 
 def _measure_cuda(case: Case, device: torch.device) -> dict[str, float | None]:
-    model = build_model(case).to(device, case.torch_dtype)
-    images = make_images(case, device)
-    gc.collect()
-    torch.cuda.empty_cache()
+    model, images = build_model(case).to(device, case.torch_dtype), make_images(case, device)
     for _ in range(2):
         model(images)
     torch.cuda.synchronize(device)
@@ -131,11 +121,9 @@ def _measure_cpu(case: Case) -> dict[str, float | None]:
     model(images)
     _give_back_freed()
     resting = _resident_mib("VmRSS:")
-    try:
+    with contextlib.suppress(OSError):
         # Resets the high-water mark where the system can; else it is that of the process's whole life.
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     model(images)
     peak = _resident_mib("VmHWM:")
     return _memory(model, peak - baseline, max(0.0, peak - resting), peak)
@@ -150,12 +138,9 @@ def _give_back_freed() -> None:
 
 def _resident_mib(key: str) -> float:
     """The resident set now (``VmRSS:``) or its highest (``VmHWM:``); where nobody says, the highest ever."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        lines = []
-    kib = next((int(line.split()[1]) for line in lines if line.startswith(key)), None)
-    return peak_resident_mib() if kib is None else kib / 1024
+    status = Path("/proc/self/status")
+    kib = re.search(rf"^{key}\s+(\d+)", status.read_text() if status.exists() else "", re.MULTILINE)
+    return int(kib[1]) / 1024 if kib else peak_resident_mib()
 
 
 if __name__ == "__main__":

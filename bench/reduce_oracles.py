@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from conformance import Case, check_case, failures, load_case
+from conformance import Case, check_case, load_case
 from safetensors.torch import save_file
 
 PER_HEAD = ("query_weight", "key_weight", "conv_weight")
@@ -27,22 +27,14 @@ def reduce_case(case: Case) -> Case:
     # Mechanisms with weights for each head keep two, so that a mix-up of heads shows.
     num_heads = 2 if any(name in case.tensors for name in PER_HEAD) else 1
     tensors = {name: tensor for name, tensor in case.tensors.items() if name not in case.losses()}
-    for name, tensor in tensors.items():
-        if name in ("q", "k", "v", "out", *case.outputs):
-            tensors[name] = tensor[:1, :num_heads].contiguous()
-        elif name in PER_HEAD:
-            tensors[name] = tensor[:num_heads].contiguous()
+    tensors |= {name: tensors[name][:1, :num_heads].contiguous() for name in ("q", "k", "v", "out", *case.outputs)}
+    tensors |= {name: tensors[name][:num_heads].contiguous() for name in PER_HEAD if name in tensors}
     source = f"{case.source}; its first batch entry and first {num_heads} head(s), nothing recomputed"
     reduced = dataclasses.replace(case, tensors=tensors, source=source)
-    failed = failures(check_case(reduced))
+    failed = dict.fromkeys(comparison.tensor for comparison in check_case(reduced) if comparison.failed)
     if failed:
         raise ValueError(f"{case.mechanism} {case.case} cannot be cut: {', '.join(failed)} would change")
     return reduced
-
-
-def save_case(case: Case, path: Path) -> None:
-    meta = {key: value for key, value in vars(case).items() if key != "tensors"}
-    save_file(dict(case.tensors), path, metadata={"meta": json.dumps(meta)})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [(path.name, load_case(path)) for path in folders.source.glob("*.safetensors")]
     by_size = sorted((case.tensors["q"][0, 0].numel(), name, case) for name, case in cases if "q" in case.tensors)
     for name, case in {case.mechanism: (name, case) for _, name, case in reversed(by_size)}.values():
-        save_case(reduce_case(case), folders.target / name)
+        meta = vars(reduce_case(case)).copy()
+        save_file(meta.pop("tensors"), folders.target / name, metadata={"meta": json.dumps(meta)})
         print(f"{name}: {(folders.target / name).stat().st_size / 1024:.0f} KiB")
     return 0
 

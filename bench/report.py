@@ -11,9 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 from pictures import pictures
-from results import Results, read_results, write_results
-from sentences import DEFINITIONS, answer, conditions, verdict
+from results import Results, read_results, to_json
+from sentences import Sentences
 from tables import sections
+
+from adala.files import write_json
 
 
 def _inline(text: str) -> Markup:
@@ -34,14 +36,10 @@ TEMPLATES.filters |= {"inline": _inline, "base64": lambda text: base64.b64encode
 
 def _words(results: Results) -> dict[str, Any]:
     """What both templates say: sentences, tables by heading, and pairs of a condition and its value."""
-    return {
-        "verdict": verdict(results),
-        "answer": answer(results),
-        "sections": sections(results),
-        "conditions": conditions(results),
-        "notes": results.notes,
-        "definitions": DEFINITIONS,
-    }
+    say = Sentences(results)
+    (verdict,) = say("verdict")
+    words = {"verdict": verdict, "answer": say("answer"), "sections": sections(results, say), "notes": results.notes}
+    return words | {"conditions": say.conditions(), "definitions": say("definitions")}
 
 
 def markdown(results: Results) -> str:
@@ -58,7 +56,7 @@ def page(results: Results) -> str:
 def write_report(folder: Path, results: Results) -> None:
     """Writes ``results.json``, ``report.md`` and ``report.html``."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / "results.json", results)
+    write_json(folder / "results.json", to_json(results))
     (folder / "report.md").write_text(markdown(results))
     (folder / "report.html").write_text(page(results))
 

@@ -6,7 +6,7 @@ A number that was not measured is None.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,21 +108,24 @@ class Results:
     paper: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def resolutions(self) -> list[int]:
+        return sorted({row.res for row in self.rows})
+
+    def row(self, mechanism: str, res: int) -> Row | None:
+        return next((row for row in self.rows if (row.mechanism, row.res) == (mechanism, res)), None)
+
+    def mechanisms(self) -> list[str]:
+        """Linear mechanisms with a row, in the rows' order: neither softmax nor the ceiling."""
+        return list(dict.fromkeys(row.mechanism for row in self.rows if row.mechanism not in ("softmax", "none")))
+
 
 ROW_CLASSES = {"rows": Row, "sweep": SweepRow, "crossover": CrossoverRow, "accuracy": AccuracyRow}
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    return {"schema": SCHEMA_VERSION, **_finite(dataclasses.asdict(results))}
-
-
-def _finite(value: Any) -> Any:
     """JSON has no infinity and no NaN: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+    written = json.dumps(dataclasses.asdict(results))
+    return {"schema": SCHEMA_VERSION, **json.loads(written, parse_constant=lambda name: None)}
 
 
 def read_results(path: Path) -> Results:
@@ -142,31 +145,8 @@ def read_results(path: Path) -> Results:
         raise ValueError(f"{path} does not follow the schema: {error}") from error
 
 
-def write_results(path: Path, results: Results) -> None:
-    """Writes ``results.json`` into a folder that exists, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_json(results), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
-def resolutions(results: Results) -> list[int]:
-    return sorted({row.res for row in results.rows})
-
-
-def row_of(results: Results, mechanism: str, res: int) -> Row | None:
-    return next((row for row in results.rows if (row.mechanism, row.res) == (mechanism, res)), None)
-
-
-def mechanisms_of(results: Results) -> list[str]:
-    """Linear mechanisms with a row, in the rows' order: neither softmax nor the ceiling."""
-    return list(dict.fromkeys(row.mechanism for row in results.rows if row.mechanism not in ("softmax", "none")))
-
-
 def crossover(points: Sequence[tuple[int, float | None]]) -> tuple[str, float | None]:
-    """Where the ratio to softmax reaches 1 for good.
-
-    Args:
-        points: Tokens and how many times faster than softmax, None where that could not be measured.
+    """Where the ratio to softmax reaches 1 for good, from pairs of tokens and ratio (None where it was not measured).
 
     Returns:
         ``within`` the range, ``always`` in it, ``never`` in it, or ``unknown`` for want of measurements; and for

@@ -22,7 +22,7 @@ from cost import measure_cost
 from measure import measure_costs, measure_memories, say, time_size, train_size
 from report import write_report
 from results import AccuracyRow, Results, Row, read_results
-from settings import Settings, build_settings, conditions, load_average
+from settings import ImageSize, Settings, build_settings, conditions, load_average
 from sweep import run_sweep
 from timing import SDPA_BACKENDS, switch_off_tf32
 
@@ -100,18 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     results.machine |= {"seconds": round(time.monotonic() - started, 1), "load_average_end": load_average()}
     save()
-    say(
-        f"{options.out / 'report.html'} and report.md, results.json beside it, after {results.machine['seconds']:.0f} s"
-    )
+    seconds = results.machine["seconds"]
+    say(f"{options.out / 'report.html'} and report.md, results.json beside it, after {seconds:.0f} s")
     return exit_code(results)
 
 
 def add_accuracy(settings: Settings, results: Results, save: Callable[[], None]) -> None:
-    """Adapts every mechanism and scores it; the report is written after each.
-
-    Raises:
-        ValueError: The recipe cannot be read, or its teacher or data are not there.
-    """
+    """Adapts every mechanism and scores it; the report is written after each. Raises ValueError without a teacher."""
     # Only here: it brings deepspeed, which takes seconds and memory.
     from accuracy import measure_accuracy
 
@@ -127,11 +122,7 @@ def add_accuracy(settings: Settings, results: Results, save: Callable[[], None])
 
 
 def measure_rows(
-    settings: Settings,
-    results: Results,
-    sizes: Sequence[tuple[int, int]],
-    started: float,
-    save: Callable[[], None],
+    settings: Settings, results: Results, sizes: Sequence[ImageSize], started: float, save: Callable[[], None]
 ) -> None:
     """All rows of all resolutions, within the time budget but for the least number of rounds; saved after each."""
     by_size = {}
@@ -145,11 +136,10 @@ def measure_rows(
         for size in sizes:
             say(f"memory at {size[0]} px, one process a case")
             measure_memories(settings, by_size[size], size)
-    for index, size in enumerate(sizes):
-        rows = by_size[size]
+    macs = [sum(row.gmacs or 0 for row in rows.values()) for rows in by_size.values()]
+    for index, (size, rows) in enumerate(by_size.items()):
         say(f"times at {size[0]} px, {next(iter(rows.values())).tokens} tokens")
-        macs = [sum(row.gmacs or 0 for row in by_size[each].values()) for each in sizes[index:]]
-        later = [each / (macs[0] or 1.0) for each in macs[1:]]
+        later = [each / (macs[index] or 1.0) for each in macs[index + 1 :]]
         time_size(settings, rows, size, started + settings.options.time_budget_s, later)
         save()
     if settings.options.train:
@@ -160,12 +150,9 @@ def measure_rows(
 
 def paper_table() -> list[dict[str, Any]]:
     """Our parameters and MACs of the network in the paper's table, whatever was measured: they need no clock."""
-    table = []
     network = Case("vit_large_patch16_224", {"init_values": 1e-5}, image_size=(512, 512))
-    for mechanism in MECHANISMS:
-        cost = measure_cost(replace(network, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {})))
-        table.append({"mechanism": mechanism, "parameters": cost.parameters, "gmacs": cost.macs / 1e9})
-    return table
+    costs = {m: measure_cost(replace(network, mechanism=m, options=PAPER_OPTIONS.get(m, {}))) for m in MECHANISMS}
+    return [{"mechanism": m, "parameters": cost.parameters, "gmacs": cost.macs / 1e9} for m, cost in costs.items()]
 
 
 def exit_code(results: Results) -> int:

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,14 +19,14 @@ import torch
 from allocator import keep_freed_memory, use_huge_pages
 from timm.models.vision_transformer import VisionTransformer
 
+ImageSize = tuple[int, int]  # height and width in pixels
+
 
 @dataclass(frozen=True)
 class Settings:
     """What the command line asks for, with everything that depends on the device filled in.
 
     Attributes:
-        options: The command line.
-        device: Where everything runs.
         network: Backbone, batch and dtype of every case.
         outline: The backbone without memory for its weights.
         mechanisms: In the order of the rows.
@@ -39,7 +40,7 @@ class Settings:
     outline: VisionTransformer
     mechanisms: tuple[str, ...]
     notes: list[str]
-    softmax: dict[tuple[int, int], str] = field(default_factory=dict)
+    softmax: dict[ImageSize, str] = field(default_factory=dict)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -51,7 +52,7 @@ class Settings:
         paper = self.options.protocol == "paper"
         return "off" if paper and self.options.compile == "auto" else self.options.compile
 
-    def softmax_at(self, image_size: tuple[int, int]) -> str:
+    def softmax_at(self, image_size: ImageSize) -> str:
         """``unfused``, the backend asked for, or whichever is fastest at this size, found out once."""
         if self.options.protocol == "paper":
             return cases.UNFUSED
@@ -65,12 +66,12 @@ class Settings:
             self.softmax[image_size] = timing.fastest_sdpa_backend(q, k, v)
         return self.softmax[image_size]
 
-    def case(self, mechanism: str, image_size: tuple[int, int]) -> cases.Case:
+    def case(self, mechanism: str, image_size: ImageSize) -> cases.Case:
         softmax = self.softmax_at(image_size) if mechanism == cases.SOFTMAX else None
         options = cases.PAPER_OPTIONS.get(mechanism, {}) if self.options.protocol == "paper" else {}
         return replace(self.network, mechanism=mechanism, image_size=image_size, options=options, softmax=softmax)
 
-    def image_sizes(self, resolutions: Sequence[int]) -> list[tuple[int, int]]:
+    def image_sizes(self, resolutions: Sequence[int]) -> list[ImageSize]:
         """Sizes that the patch divides, in ascending order, without repetition; rounding down is noted.
 
         Raises:
@@ -97,8 +98,10 @@ def build_settings(options: argparse.Namespace) -> Settings:
     unknown = [name for name in options.mechanisms if name not in known]
     if unknown:
         raise ValueError(f"--mechanisms {unknown[0]}: the bench has {', '.join(known)}")
-    device = pick_device(options.device)
-    on_gpu, paper = device.type == "cuda", options.protocol == "paper"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU")
+    on_gpu, paper = options.device != "cpu" and torch.cuda.is_available(), options.protocol == "paper"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     # DINOv2-style: with LayerScale.
     default, model_args = "vit_large_patch16_224" if on_gpu else "vit_small_patch16_224", {"init_values": 1e-5}
     model_args = ({} if options.backbone else model_args) | (options.model_args or {})
@@ -120,14 +123,6 @@ def build_settings(options: argparse.Namespace) -> Settings:
     return Settings(options, device, replace(network, dtype=dtype), outline, mechanisms, notes)
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
 def conditions(settings: Settings) -> dict[str, Any]:
     """What the numbers are measured under: ``machine`` of the schema. On a CPU the allocator is set here."""
     on_gpu, network = settings.device.type == "cuda", settings.network
@@ -146,13 +141,10 @@ def conditions(settings: Settings) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "driver": timing.nvml(settings.device, "nvmlSystemGetDriverVersion"),
-        "backbone": network.backbone,
-        "model_args": network.model_args,
+        **{name: getattr(network, name) for name in ("backbone", "model_args", "dtype", "batch")},
         "patch_size": list(settings.patch_size),
         "num_prefix_tokens": settings.outline.num_prefix_tokens,
         "protocol": settings.options.protocol,
-        "dtype": network.dtype,
-        "batch": network.batch,
         "tf32": False,
         "compile": settings.compile,
         "softmax": "fused" if settings.options.protocol == "best" else cases.UNFUSED,
@@ -167,19 +159,16 @@ def load_average() -> float | None:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.machine()
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.exists() else ""
+    named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else (not text and platform.processor()) or platform.machine()
 
 
 def _commit() -> str | None:
     """The commit of the project, with ``+`` where its files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from results import Results, Row, resolutions, row_of
-from sentences import crossing, number, short_name
+from results import Results, Row
+from sentences import Sentences, crossing, short_name
 
 # The paper's table, ImageNet-1K, 512 x 512, batch 1: parameters in M, "GFLOPs", peak GB, images/s, top-1 in percent.
 PAPER = pd.DataFrame.from_dict(
@@ -37,7 +37,6 @@ class Table:
     """A table as both reports print it.
 
     Attributes:
-        title: Its heading.
         frame: Cells as text; the first column is text, the others are numbers.
         marks: For each row ``red``, ``strong`` or nothing.
         note: A sentence below it.
@@ -62,23 +61,20 @@ def as_table(title: str, cells: Mapping[str, Sequence[str]], note: str = "", mar
     return Table(title, frame.loc[:, told], marks or [""] * len(frame), note)
 
 
-def sections(results: Results) -> list[tuple[str, list[Table]]]:
+def sections(results: Results, say: Sentences) -> list[tuple[str, list[Table]]]:
     """Headings, and the tables below each."""
-    found = []
-    if results.rows:
-        found.append(("Measured", [speed_table(results, res) for res in resolutions(results)]))
-    if results.crossover:
-        found.append(("Crossover", [crossover_table(results)]))
-    if results.accuracy:
-        found.append(("Accuracy", [accuracy_table(results)]))
+    found = {
+        "Measured": [speed_table(results, res) for res in results.resolutions()],
+        "Crossover": [crossover_table(results)] if results.crossover else [],
+        "Accuracy": [accuracy_table(results, say)] if results.accuracy else [],
+    }
     if results.paper:
-        tables = [paper_costs(results), paper_measured(results), paper_resolutions(results)]
-        found.append(("The paper's rows beside ours", [table for table in tables if len(table.frame)]))
-    return found
+        tables = [paper_costs(results, say), paper_measured(results, say), paper_resolutions(results)]
+        found["The paper's rows beside ours"] = [table for table in tables if len(table.frame)]
+    return [(heading, tables) for heading, tables in found.items() if tables]
 
 
 def speed_table(results: Results, res: int) -> Table:
-    """All rows of a resolution."""
     rows = [row for row in results.rows if row.res == res]
     of = pd.DataFrame(map(vars, rows))
     cells = {
@@ -93,7 +89,12 @@ def speed_table(results: Results, res: int) -> Table:
         "p80": words(of["latency_ms_p80"], TENTHS),
         "images/s": words(of["throughput_img_s"], NUMBER),
         "vs softmax": words(of["ratio_vs_softmax"], RATIO),
-        "95 % interval": [_interval(row) for row in rows],
+        "95 % interval": [  # of the ratio to softmax; softmax itself has none
+            "-"
+            if row.mechanism == "softmax" or row.ratio_vs_softmax_low is None
+            else f"{row.ratio_vs_softmax_low:.2f}-{row.ratio_vs_softmax_high:.2f}"
+            for row in rows
+        ],
         "vs none": words(of["ratio_vs_none"], RATIO),
         "train images/s": words(of["train_img_s"], NUMBER),
         "train vs softmax": words(of["train_ratio_vs_softmax"], RATIO),
@@ -104,13 +105,6 @@ def speed_table(results: Results, res: int) -> Table:
     marks = ["red" if row.error else "strong" if row.mechanism in ("softmax", "none") else "" for row in rows]
     tokens, rounds = (max((count or 0 for count in of[name].fillna(0)), default=0) for name in ("tokens", "rounds"))
     return as_table(f"{res} x {res} px, {tokens:,.0f} tokens", cells, f"{rounds:.0f} rounds.", marks)
-
-
-def _interval(row: Row) -> str:
-    """Of the ratio to softmax; softmax itself has none."""
-    if row.mechanism == "softmax" or row.ratio_vs_softmax_low is None:
-        return "-"
-    return f"{row.ratio_vs_softmax_low:.2f}-{row.ratio_vs_softmax_high:.2f}"
 
 
 def crossover_table(results: Results) -> Table:
@@ -124,7 +118,7 @@ def crossover_table(results: Results) -> Table:
     return as_table("Faster than softmax", cells)
 
 
-def accuracy_table(results: Results) -> Table:
+def accuracy_table(results: Results, say: Sentences) -> Table:
     rows = results.accuracy
     of = pd.DataFrame(map(vars, rows))
     cells = {
@@ -140,20 +134,11 @@ def accuracy_table(results: Results) -> Table:
         "": [row.error or "" for row in rows],
     }
     teacher = next((row.teacher_top1 for row in rows if row.teacher_top1 is not None), None)
-    note = (
-        f"Recipe {results.machine.get('recipe', 'tiny')}: the same data, number of training images and seed for every "
-        f"row; the teacher's linear probe is at {number(teacher)} %. Top-1 is that of the fine-tuned head, after Stage "
-        "2 of a linear probe; cosine is that of the final features to the teacher's."
-    )
-    if {"hedgehog", "lolcats"} <= set(of["mechanism"]):
-        note += (
-            " Hedgehog and LoLCATs share their feature maps and differ in how they are converted: under AdaLA's stages "
-            "they are the same."
-        )
+    (note,) = say("accuracy_note", teacher, {"hedgehog", "lolcats"} <= set(of["mechanism"]))
     return as_table("Accuracy after adaptation", cells, note, ["red" if row.error else "" for row in rows])
 
 
-def paper_costs(results: Results) -> Table:
+def paper_costs(results: Results, say: Sentences) -> Table:
     """Parameters and MACs of the paper's network, whatever was timed."""
     ours = pd.DataFrame(results.paper).set_index("mechanism").loc[PAPER.index]
     cells = {
@@ -165,20 +150,13 @@ def paper_costs(results: Results) -> Table:
         "minus softmax, paper": words(PAPER["gflops"] - PAPER["gflops"]["softmax"], "{:+,.2f}"),
         "minus softmax, ours": words(ours["gmacs"] - ours["gmacs"]["softmax"], "{:+,.2f}"),
     }
-    note = (
-        "Ours by PyTorch's counter and with the paper's options, whatever was timed. The paper's GFLOPs are "
-        "multiply-accumulates, each about 51 below an honest count: compare the differences to softmax. The paper's "
-        "parameters hold a mask token (1,024); ours have none. Ours count the linear mechanisms' normaliser (N M H a "
-        "layer)."
-    )
-    return as_table("Costs, ViT-L/16 with LayerScale at 512 px", cells, note)
+    return as_table("Costs, ViT-L/16 with LayerScale at 512 px", cells, *say("costs_note"))
 
 
-def paper_measured(results: Results) -> Table:
+def paper_measured(results: Results, say: Sentences) -> Table:
     """Memory, speed and accuracy at 512 px; absolute numbers of ours only where they are of the paper's network."""
-    machine = results.machine
-    same_network = machine.get("backbone") == PAPER_BACKBONE
-    rows = [row_of(results, mechanism, 512) or Row(mechanism, 512) for mechanism in PAPER.index]
+    same_network = results.machine.get("backbone") == PAPER_BACKBONE
+    rows = [results.row(mechanism, 512) or Row(mechanism, 512) for mechanism in PAPER.index]
     ours = pd.DataFrame(map(vars, rows), index=PAPER.index)
     gigabytes = pd.to_numeric(ours["peak_mem_mib"]) * 2**20 / 1e9  # of 10^9 bytes, the paper's unit
     kept = {(row.mechanism, row.conversion): row.kept for row in results.accuracy if row.kept is not None}
@@ -197,17 +175,11 @@ def paper_measured(results: Results) -> Table:
         "kept, ours native": words(own["native"], PERCENT),
         "kept, ours AdaLA": words(own["adala"], PERCENT),
     }
-    network = "the same network" if same_network else f"{machine.get('backbone')}, so that only ratios compare"
-    note = (
-        "Paper: one H100, weights that fit float32, softmax with its N x N matrix in memory. Ours: "
-        f"{machine.get('device')}, {machine.get('dtype')}, softmax {machine.get('softmax')}, {network}. Kept shares of "
-        "top-1: the paper's of softmax's on ImageNet-1K, ours of the teacher's on the accuracy table's recipe."
-    )
-    return as_table("Memory, speed and accuracy at 512 px", cells, note)
+    return as_table("Memory, speed and accuracy at 512 px", cells, *say("measured_note", same_network))
 
 
 def paper_resolutions(results: Results) -> Table:
-    rows = {res: row_of(results, "linear", res) for res in PAPER_RESOLUTIONS}
+    rows = {res: results.row("linear", res) for res in PAPER_RESOLUTIONS}
     ours = {res: row.ratio_vs_softmax for res, row in rows.items() if row is not None and row.ratio_vs_softmax}
     paper = [linear / softmax for softmax, linear in map(PAPER_RESOLUTIONS.get, ours)]
     cells = {"": words(ours, "{} px"), "paper": words(paper, RATIO), "ours": words(ours.values(), RATIO)}

@@ -39,11 +39,9 @@ LARGEST_MAP_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Runner:
-    """Something to be timed.
+    """Something to be timed, called in a context that is entered before the clock starts.
 
     Attributes:
-        call: Does it once.
-        context: What it is called in, entered before the clock starts.
         seconds: What a call takes, roughly; known of a runner that is :func:`warmed`.
     """
 
@@ -63,13 +61,12 @@ class Runner:
 
 # (what to call, how often) -> seconds a call.
 Measure = Callable[[Runner, int], float]
+# A ratio of speeds and the ends of its confidence interval.
+Speedup = tuple[float | None, float | None, float | None]
 
 
 def measure_for(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Measure:
-    """Measures on the host where calls finish before they return; on a GPU between two events around all of them.
-
-    There the time in which the GPU waits for the host counts.
-    """
+    """By the host's clock; on a GPU between two events around all calls, so that its waiting for the host counts."""
 
     def on_host(runner: Runner, iterations: int) -> float:
         with runner.context():
@@ -105,14 +102,13 @@ class Samples:
     Attributes:
         seconds: A value for each round of each case, None from the round on in which it failed.
         errors: What a case failed with.
-        rounds: How many there were.
     """
 
     seconds: dict[str, list[float | None]]
     errors: dict[str, Exception] = field(default_factory=dict)
     rounds: int = 0
 
-    def against(self, baseline: str, name: str) -> tuple[float | None, float | None, float | None]:
+    def against(self, baseline: str, name: str) -> Speedup:
         """:func:`speedup` of a case over another one; None where there is no such one or it failed."""
         if baseline not in self.seconds or baseline in self.errors:
             return None, None, None
@@ -128,14 +124,8 @@ def interleave(
 ) -> Samples:
     """Times every case once a round, each round beginning with another case, so that a drifting machine hits all alike.
 
-    A round begins if it is expected to end within the budget; :data:`LEAST_ROUNDS` there are in any case.
-
-    Args:
-        cases: By name, warmed.
-        measure: Times one case.
-        most_rounds: How many rounds at most.
-        budget_s: Seconds for all of them.
-        clock: In seconds.
+    A round begins if it is expected to end within the budget; :data:`LEAST_ROUNDS` there are in any case. ``cases``
+    are warmed.
     """
     samples, names = Samples({name: [] for name in cases}), list(cases)
     deadline = clock() + budget_s - sum(runner.iterations * runner.seconds for runner in cases.values())
@@ -153,13 +143,8 @@ def interleave(
     return samples
 
 
-def speedup(
-    baseline: Sequence[float | None], case: Sequence[float | None]
-) -> tuple[float | None, float | None, float | None]:
-    """How many times faster ``case`` is: the median of the ratios within a round, and :func:`median_interval` of it.
-
-    None where no round has both.
-    """
+def speedup(baseline: Sequence[float | None], case: Sequence[float | None]) -> Speedup:
+    """How many times faster ``case`` is: median of rounds' ratios, and its interval; None where no round has both."""
     ratios = [b / c for b, c in zip(baseline, case, strict=True) if b is not None and c is not None]
     return (median(ratios), *median_interval(ratios)) if ratios else (None, None, None)
 
@@ -218,17 +203,6 @@ def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5)
     return min(taken, key=taken.get)
 
 
-class CompiledBlock(nn.Module):
-    """A transformer block that is called through a compiled function."""
-
-    def __init__(self, block: nn.Module, call: Callable[..., Tensor]):
-        super().__init__()
-        self.block, self.call = block, call
-
-    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        return self.call(self.block, x, **arguments)
-
-
 def compiled_call(backend: str = "inductor") -> Callable[..., Any]:
     """A compiled ``call(module, *inputs)`` with a cache of its own.
 
@@ -251,7 +225,9 @@ def compiled(model: VisionTransformer, backend: str = "inductor") -> VisionTrans
     """
     call = compiled_call(backend)
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    twin.blocks = nn.Sequential(*(CompiledBlock(block, call) for block in twin.blocks))
+    for block in twin.blocks:
+        # Around the block's own method, which a call through the block would find replaced.
+        block.forward = functools.partial(call, copy.copy(block))
     return twin
 
 
@@ -278,11 +254,9 @@ def train_runner(student: VisionTransformer, teacher: VisionTransformer, images:
 
 
 def nvml(device: torch.device, function: str) -> Any:
-    """What NVIDIA's management library answers about a GPU (or its system); None where it gives no answer.
+    """What a function of NVIDIA's management library says of a GPU, or of its system if it is an ``nvmlSystem...``.
 
-    Args:
-        device: Where it is none of NVIDIA's, there is no answer.
-        function: Name of one of its functions, which takes the GPU's handle, or nothing if it is an ``nvmlSystem...``.
+    None where it gives no answer, as for anything but NVIDIA's GPUs.
     """
     if device.type != "cuda":
         return None
@@ -300,10 +274,7 @@ def nvml(device: torch.device, function: str) -> Any:
 
 
 def energy_mj_per_image(runner: Runner, batch: int, device: torch.device, window_s: float = 2.0) -> float | None:
-    """Energy of the whole GPU over at least ``window_s`` of nothing but this case, in millijoules an image.
-
-    NVML's counter moves about ten times a second, so that the window must be long against that.
-    """
+    """Energy of the whole GPU in millijoules an image, over a window that is long against the counter's 0.1 s."""
     counter = "nvmlDeviceGetTotalEnergyConsumption"
     if nvml(device, counter) is None:
         return None
@@ -316,10 +287,7 @@ def energy_mj_per_image(runner: Runner, batch: int, device: torch.device, window
 
 
 def bfloat16_pays_on_cpu() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32 ones; without instructions for it not.
-
-    A linear layer of ViT-S at 512 px: twice as fast or several times slower, so that the answer does not waver.
-    """
+    """Whether this CPU multiplies bfloat16 matrices clearly faster: a layer of ViT-S at 512 px, so that it is clear."""
     taken = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(1025, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)

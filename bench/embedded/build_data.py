@@ -17,22 +17,15 @@ import numpy as np
 
 from adala.data.embedded import SLICE_PATH
 
-SPLITS = {"train": ("train", 16_000), "val": ("t10k", 4_000)}
-
-
-def read_idx(path: Path, header_bytes: int) -> np.ndarray:
-    """The payload of a gzipped IDX file as flat bytes (header: 16 bytes for images, 8 for labels)."""
-    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header_bytes)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder with the four published .gz files")
-    source = parser.parse_args().source
-    arrays = {}
-    for split, (stem, count) in SPLITS.items():
-        arrays[f"{split}_images"] = read_idx(source / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)[:count]
-        arrays[f"{split}_labels"] = read_idx(source / f"{stem}-labels-idx1-ubyte.gz", 8)[:count]
+    source, arrays = parser.parse_args().source, {}
+    for split, stem, count in (("train", "train", 16_000), ("val", "t10k", 4_000)):
+        for part, kind, header_bytes, shape in (("images", "idx3", 16, (-1, 28, 28)), ("labels", "idx1", 8, (-1,))):
+            content = gzip.decompress((source / f"{stem}-{part}-{kind}-ubyte.gz").read_bytes())
+            arrays[f"{split}_{part}"] = np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)[:count]
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     # xz over the whole archive: 374 bytes an image, where deflate (npz's own, or PNG's) needs 433.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from adala.data.embedded import TEACHER_PATH, load_split
 
@@ -28,12 +29,12 @@ TRAINING_ARGS = {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": 
 MEAN, STD = 0.286, 0.353  # of the slice's training pixels, scaled to [0, 1]
 
 
-def to_input(images: torch.Tensor) -> torch.Tensor:
+def to_input(images: Tensor) -> Tensor:
     """(B, 28, 28) uint8 to (B, 3, 28, 28) normalised float: grey in all three channels, as an RGB reader gives it."""
     return ((images.float() / 255 - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
 
 
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shifts each image by up to two pixels and mirrors half of them, (B, 3, 28, 28) in and out."""
     batch, _, size, _ = images.shape
     shift = torch.randint(-2, 3, (batch, 2), generator=generator)
@@ -70,21 +71,13 @@ def initialise(model: VisionTransformer) -> None:
 
 
 @torch.no_grad()
-def top1_percent(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def top1_percent(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
     predicted = torch.cat([model(to_input(chunk)).argmax(1) for chunk in images.split(256)])
     return 100 * (predicted == labels).float().mean().item()
 
 
-def train(
-    model: torch.nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    epochs: int,
-    size: int,
-    batch_size: int,
-    lr: float,
-) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, size: int, batch_size: int, lr: float) -> None:
     """AdamW over ``epochs`` at ``size`` pixels, rate ``lr`` warmed up over half an epoch and annealed to zero."""
     generator = torch.Generator().manual_seed(size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
@@ -119,14 +112,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW peak rate; at 28 px a third of it")
     args = parser.parse_args()
     torch.manual_seed(0)
-    images, labels = (torch.from_numpy(array) for array in load_split("train"))
-    labels = labels.long()
+    (images, labels), held_out = (map(torch.from_numpy, load_split(split)) for split in ("train", "val"))
     model = timm.create_model(ARCHITECTURE, num_classes=10, weight_init="jax", **MODEL_ARGS, **TRAINING_ARGS)
     initialise(model)
+    labels = labels.long()
     train(model, images, labels, args.small_epochs, 14, args.batch_size, args.lr)
     train(model, images, labels, args.full_epochs, 28, args.batch_size, args.lr / 3)
-    held_out, held_out_labels = (torch.from_numpy(array) for array in load_split("val"))
-    top1 = top1_percent(model, held_out, held_out_labels.long())
+    top1 = top1_percent(model, *held_out)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, TEACHER_PATH)
     record = {
         "architecture": ARCHITECTURE,

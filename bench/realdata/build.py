@@ -10,10 +10,9 @@ import io
 import json
 import random
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,18 +29,8 @@ TOLERANCE = 1e-4
 
 # Folders of the stamps. Position = class in `stamps`; in `scenes` that + 1, because 0 is the background.
 STAMP_CLASSES = (
-    "animals/mammals",
-    "animals/birds",
-    "animals/insects",
-    "animals/fish",
-    "food/fruit",
-    "food/vegetables",
-    "plants/flowers",
-    "town/houses",
-    "town/roadsigns",
-    "household/tools",
-    "hobbies/music",
-    "vehicles",
+    *("animals/mammals", "animals/birds", "animals/insects", "animals/fish", "food/fruit", "food/vegetables"),
+    *("plants/flowers", "town/houses", "town/roadsigns", "household/tools", "hobbies/music", "vehicles"),
 )
 SEED = 0
 HELD_OUT_PHOTOGRAPHS = 8
@@ -55,14 +44,8 @@ OPAQUE = 128  # alpha from which a pixel belongs to a stamp
 FASHION_STEMS = {"train": "train", "val": "t10k"}
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """A cut-out picture with transparency.
-
-    Attributes:
-        label: Position in ``STAMP_CLASSES``.
-        path: Its PNG file.
-    """
+class Stamp(NamedTuple):
+    """A cut-out picture with transparency; ``label`` is a position in ``STAMP_CLASSES``."""
 
     label: int
     path: Path
@@ -88,12 +71,9 @@ def find_photographs(packages: Path) -> list[Path]:
     """The largest rendition of each of KDE's wallpapers, then all of the other desktops' backgrounds; sorted."""
     renditions = sorted(packages.glob("usr/share/wallpapers/*/contents/images"))
     wallpapers = [max(folder.iterdir(), key=lambda path: path.stat().st_size) for folder in renditions]
-    backgrounds = [
-        path
-        for path in sorted((packages / "usr/share/backgrounds").rglob("*"))
-        if path.suffix.lower() in (".jpg", ".png") and path.stat().st_size > SMALLEST_BACKGROUND_BYTES
-    ]
-    return wallpapers + backgrounds
+    backgrounds = sorted((packages / "usr/share/backgrounds").rglob("*"))
+    pictures = [path for path in backgrounds if path.suffix.lower() in (".jpg", ".png")]
+    return wallpapers + [path for path in pictures if path.stat().st_size > SMALLEST_BACKGROUND_BYTES]
 
 
 def find_stamps(packages: Path, rng: random.Random) -> dict[str, list[Stamp]]:
@@ -137,9 +117,9 @@ def load_stamp(path: Path, pixels: int) -> Image.Image:
     return stamp
 
 
-def paste_on_white(stamp: Stamp) -> Image.Image:
+def paste_on_white(path: Path) -> Image.Image:
     """A stamp in the middle of a white square."""
-    picture = load_stamp(stamp.path, SCENE_PIXELS)
+    picture = load_stamp(path, SCENE_PIXELS)
     canvas = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), "white")
     corner = ((SCENE_PIXELS - picture.width) // 2, (SCENE_PIXELS - picture.height) // 2)
     canvas.paste(picture, corner, picture.getchannel("A"))
@@ -148,7 +128,11 @@ def paste_on_white(stamp: Stamp) -> Image.Image:
 
 def compose_scene(rng: random.Random, tile: Image.Image, stamps: list[Stamp]) -> tuple[Image.Image, Image.Image]:
     """A random square of ``tile`` with one to four stamps on it, and its map of classes (mode L, 0 = background)."""
-    scene = _random_square(rng, tile).resize((SCENE_PIXELS, SCENE_PIXELS), Image.Resampling.BICUBIC)
+    smallest = min(tile.size)
+    side = rng.randint(SCENE_PIXELS, smallest) if smallest > SCENE_PIXELS else smallest
+    left, upper = rng.randint(0, tile.width - side), rng.randint(0, tile.height - side)
+    square = tile.crop((left, upper, left + side, upper + side))
+    scene = square.resize((SCENE_PIXELS, SCENE_PIXELS), Image.Resampling.BICUBIC)
     class_map = Image.new("L", scene.size, 0)
     for _ in range(rng.randint(1, 4)):
         stamp = rng.choice(stamps)
@@ -162,20 +146,14 @@ def compose_scene(rng: random.Random, tile: Image.Image, stamps: list[Stamp]) ->
     return scene, class_map
 
 
-def _random_square(rng: random.Random, tile: Image.Image) -> Image.Image:
-    smallest = min(tile.size)
-    side = rng.randint(SCENE_PIXELS, smallest) if smallest > SCENE_PIXELS else smallest
-    left, upper = rng.randint(0, tile.width - side), rng.randint(0, tile.height - side)
-    return tile.crop((left, upper, left + side, upper + side))
-
-
 def read_fashion(packages: Path, split: str) -> Iterator[tuple[Image.Image, int]]:
     """Fashion-MNIST's images (28 x 28, mode L) and labels, out of its IDX files."""
-    prefix = f"{packages}/usr/share/datasets/fashion-mnist/{FASHION_STEMS[split]}"
-    with gzip.open(f"{prefix}-images-idx3-ubyte.gz") as images, gzip.open(f"{prefix}-labels-idx1-ubyte.gz") as labels:
-        pixels = np.frombuffer(images.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-        classes = np.frombuffer(labels.read(), np.uint8, offset=8)
-    for image, label in zip(pixels, classes, strict=True):
+    prefix = packages / "usr/share/datasets/fashion-mnist" / FASHION_STEMS[split]
+    pixels, classes = (
+        np.frombuffer(gzip.decompress(Path(f"{prefix}-{part}-ubyte.gz").read_bytes()), np.uint8, offset=header)
+        for part, header in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    for image, label in zip(pixels.reshape(-1, 28, 28), classes, strict=True):
         yield Image.fromarray(image), int(label)
 
 
@@ -200,7 +178,7 @@ def build(packages: Path, out: Path) -> None:
         ValueError: ``packages`` holds fewer photographs than are held out, or no stamps of a class.
     """
 
-    def write(folder: str, split: str, samples: list[dict[str, Any]] | Iterator[dict[str, Any]]) -> None:
+    def write(folder: str, split: str, samples: Iterable[dict[str, Any]]) -> None:
         write_shards(samples, out / folder, split, SAMPLES_PER_SHARD[folder])
 
     # One generator throughout: who draws first decides what the others get, so this order is part of the seed.
@@ -223,7 +201,7 @@ def build(packages: Path, out: Path) -> None:
         if missing:
             raise ValueError(f"{packages} holds no {split} stamps of {STAMP_CLASSES[min(missing)]}")
         rng.shuffle(stamps[split])
-        write("stamps", split, ({"jpg": as_jpeg(paste_on_white(s)), "cls": s.label} for s in stamps[split]))
+        write("stamps", split, ({"jpg": as_jpeg(paste_on_white(s.path)), "cls": s.label} for s in stamps[split]))
     print(f"stamps: {len(stamps['train'])} + {len(stamps['val'])}")
 
     for split, count in SCENES.items():

@@ -21,72 +21,51 @@ NodeInputs = Mapping[str, Sequence[str]]
 
 
 def timm_state(weights: Weights, node_inputs: NodeInputs, depth: int = DEPTH) -> dict[str, np.ndarray]:
-    """The graph's backbone under timm's names.
+    """The graph's backbone under timm's names: initializers by name, and the names of a node's inputs by the node's.
 
     Biases, norms and scales have kept Hugging Face's names. Matrices and both parts of the position embedding lost
     theirs when constants were folded; they are found as the inputs of the nodes that use them, and matrices lie
     transposed.
 
-    Args:
-        weights: Initializers by name.
-        node_inputs: Names of a node's inputs, by the node's name.
-        depth: Number of blocks.
-
     Raises:
         ValueError: The graph is another one: a weight or node that is missing is named.
     """
+
+    def constant(node: str) -> np.ndarray:
+        found = [weights[name] for name in node_inputs[node] if name in weights]
+        if len(found) != 1:
+            raise ValueError(f"this is not the expected DINOv2 graph: {node} has {len(found)} constant inputs, not one")
+        return found[0]
+
+    def linear(ours: str, block: str, *theirs: str) -> dict[str, np.ndarray]:
+        """A layer of a block, of one or several of theirs."""
+        nodes = [f"/backbone/encoder/{block}/{name}/MatMul" for name in theirs]
+        biases = [weights[f"backbone.encoder.{block}.{name.replace('/', '.')}.bias"] for name in theirs]
+        matrices = [constant(node).T for node in nodes]
+        return {f"{ours}.weight": np.concatenate(matrices), f"{ours}.bias": np.concatenate(biases)}
+
+    def norm(ours: str, theirs: str) -> dict[str, np.ndarray]:
+        return {f"{ours}.{part}": weights[f"backbone.{theirs}.{part}"] for part in ("weight", "bias")}
+
     try:
-        state = _embedding_and_norm(weights, node_inputs)
-        for block in range(depth):
-            state |= {f"blocks.{block}.{name}": value for name, value in _block(weights, node_inputs, block).items()}
+        state = {"cls_token": weights["backbone.embeddings.cls_token"]}
+        # That of the class token, then those of the patches.
+        positions = [constant(f"/backbone/embeddings/{node}") for node in ("Concat_6", "Reshape_1")]
+        state["pos_embed"] = np.concatenate(positions, axis=1)
+        state |= norm("patch_embed.proj", "embeddings.patch_embeddings.projection") | norm("norm", "layernorm")
+        for number in range(depth):
+            ours, block = f"blocks.{number}.", f"layer.{number}"
+            attention = [f"attention/attention/{name}" for name in ("query", "key", "value")]
+            state |= linear(f"{ours}attn.qkv", block, *attention)
+            state |= linear(f"{ours}attn.proj", block, "attention/output/dense")
+            for layer in ("fc1", "fc2"):
+                state |= linear(f"{ours}mlp.{layer}", block, f"mlp/{layer}")
+            for n in (1, 2):
+                state |= norm(f"{ours}norm{n}", f"encoder.{block}.norm{n}")
+                state[f"{ours}ls{n}.gamma"] = weights[f"backbone.encoder.{block}.layer_scale{n}.lambda1"]
     except KeyError as error:
         raise ValueError(f"this is not the expected DINOv2 graph: it has no {error}") from error
     return {name: np.ascontiguousarray(value) for name, value in state.items()}
-
-
-def _embedding_and_norm(weights: Weights, node_inputs: NodeInputs) -> dict[str, np.ndarray]:
-    embeddings = "/backbone/embeddings/"
-    positions = [_constant(weights, node_inputs, embeddings + node) for node in ("Concat_6", "Reshape_1")]
-    patch = "backbone.embeddings.patch_embeddings.projection."
-    return {
-        "cls_token": weights["backbone.embeddings.cls_token"],
-        "pos_embed": np.concatenate(positions, axis=1),  # that of the class token, then those of the patches
-        "patch_embed.proj.weight": weights[patch + "weight"],
-        "patch_embed.proj.bias": weights[patch + "bias"],
-        "norm.weight": weights["backbone.layernorm.weight"],
-        "norm.bias": weights["backbone.layernorm.bias"],
-    }
-
-
-def _block(weights: Weights, node_inputs: NodeInputs, block: int) -> dict[str, np.ndarray]:
-    name, node = f"backbone.encoder.layer.{block}.", f"/backbone/encoder/layer.{block}/"
-
-    def matrix(module: str) -> np.ndarray:
-        return _constant(weights, node_inputs, f"{node}{module}/MatMul").T
-
-    projections = ("query", "key", "value")
-    state = {
-        "attn.qkv.weight": np.concatenate([matrix(f"attention/attention/{p}") for p in projections]),
-        "attn.qkv.bias": np.concatenate([weights[f"{name}attention.attention.{p}.bias"] for p in projections]),
-        "attn.proj.weight": matrix("attention/output/dense"),
-        "attn.proj.bias": weights[f"{name}attention.output.dense.bias"],
-    }
-    for layer in ("fc1", "fc2"):
-        state[f"mlp.{layer}.weight"] = matrix(f"mlp/{layer}")
-        state[f"mlp.{layer}.bias"] = weights[f"{name}mlp.{layer}.bias"]
-    for norm in ("norm1", "norm2"):
-        state[f"{norm}.weight"], state[f"{norm}.bias"] = weights[f"{name}{norm}.weight"], weights[f"{name}{norm}.bias"]
-    for number in (1, 2):
-        state[f"ls{number}.gamma"] = weights[f"{name}layer_scale{number}.lambda1"]
-    return state
-
-
-def _constant(weights: Weights, node_inputs: NodeInputs, node: str) -> np.ndarray:
-    """The one weight among the inputs of ``node``."""
-    found = [weights[name] for name in node_inputs[node] if name in weights]
-    if len(found) != 1:
-        raise ValueError(f"this is not the expected DINOv2 graph: {node} has {len(found)} constant inputs, not one")
-    return found[0]
 
 
 def main(graph_path: str, checkpoint: str, reference: str) -> None:

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from report import answer, markdown, page, verdict, write_report
+from report import markdown, page, write_report
 from results import AccuracyRow, CrossoverRow, Results, Row, SweepRow, read_results, to_json
+from sentences import Sentences
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "BENCH.md"
 MACHINE = {"backbone": "vit_small_patch16_224", "patch_size": [16, 16], "num_prefix_tokens": 1, "softmax": "fused"}
@@ -21,6 +22,15 @@ def timed(mechanism: str, res: int, ratio: float, ceiling: float = 0.5, **change
 
 def failed(mechanism: str, res: int, kind: str) -> Row:
     return Row(mechanism, res, error="it failed", error_kind=kind, gate="red" if kind == "gate" else "not run")
+
+
+def answer(results: Results) -> list[str]:
+    return Sentences(results)("answer")
+
+
+def verdict(results: Results) -> str:
+    (said,) = Sentences(results)("verdict")
+    return said
 
 
 @pytest.fixture
