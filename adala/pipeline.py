@@ -94,8 +94,10 @@ def _open_run(plan: RunPlan, stages: Sequence[int], overwrite: bool) -> Overwrit
     if not overwrite:
         for stage in plan.stages:
             refuse_changed(plan.run, stage.number, stage.conditions)
-    # Of the later ones the start is not there yet.
-    find_start(plan.run, plan.stages[0])
+    for index, stage in enumerate(plan.stages):
+        # Of a later stage that goes on from an earlier one of this command, the start is not there yet.
+        if index == 0 or stage.config.start_from != "auto":
+            find_start(plan.run, stage)
     if not overwrite:
         return None
     order, is_old = plan.run.overwrite_order(stages)

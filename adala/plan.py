@@ -7,7 +7,6 @@ a digest of its own. Nothing of a run is touched before its plan stands.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,22 @@ from adala.attention import resolve_mechanism
 from adala.backbones import build_backbone
 from adala.config import FinetuningConfig, Recipe, StageConfig
 from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
-from adala.data import ShardIndex, load_index, write_embedded
+from adala.data import ShardIndex
 from adala.data.embedded import TEACHER_PATH
-from adala.data.samples import LABEL_FIELD, DecodeError, RawSample, decode, read_shard
 from adala.distributed import from_rank_0, world_size
 from adala.ds_config import DeepSpeedConfig, load_ds_config
 from adala.export import StudentDescription
 from adala.files import file_digest, value_digest
 from adala.runs import RunFolder
+from adala.sources import EMBEDDED, Sources
 from adala.tasks import Classification, Task
 
-EMBEDDED = "embedded"
 RANDOM = "random"
 # Keys of a stage that may change while it is under way, and after it: they decide when something is said or saved, how
 # a batch is cut, and where files lie, not what is trained. ``steps`` may grow while it is under way.
 MAY_CHANGE = ("log_every", "save_every", "evaluate_every", "max_skipped_steps", "micro_batch_size")
 # What stands for these among the conditions is the digest of what they name.
 BY_DIGEST = ("start_from", "train_data")
-# Samples that are looked at to see whether a data set has labels, and which.
-PEEKED_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -249,7 +245,7 @@ def _resolve(recipe: Recipe, stages: Sequence[int]) -> RunPlan:
         )  # fmt: skip
     recipe, notes = _under_conversion(recipe, conversion)
     model, data = _resolve_model(recipe)
-    read = _IndexReader(recipe)
+    read = Sources(Path(recipe.runs_dir).expanduser() / "embedded-fashion-mnist")
     steps = {number: conversion.step(STAGES[number].name) for number in stages if has_step[number]}
     plans = tuple(_resolve_stage(recipe, number, step, model, data, read) for number, step in steps.items())
     evaluation = _resolve_evaluation(recipe, read)
@@ -347,77 +343,13 @@ def _teacher_digest(recipe: Recipe) -> str:
     return f"timm's pretrained weights of {recipe.teacher.name}"
 
 
-class _IndexReader:
-    """Reads each list of shards once, and looks at its first samples once."""
-
-    def __init__(self, recipe: Recipe):
-        self._embedded = Path(recipe.runs_dir).expanduser() / "embedded-fashion-mnist"
-        self._read: dict[tuple[str, ...], ShardIndex] = {}
-        self._peeked: dict[tuple[str, ...], list[RawSample]] = {}
-
-    def index(self, sources: Sequence[str]) -> ShardIndex:
-        """The shards behind ``sources``; the embedded ones are written below runs_dir when first asked for.
-
-        Raises:
-            ValueError: See ``adala.data.load_index``.
-        """
-        key = tuple(sources)
-        if key not in self._read:
-            if any(source.startswith(f"{EMBEDDED}:") for source in sources):
-                write_embedded(self._embedded)
-            self._read[key] = load_index([self._pattern(source) for source in sources])
-        return self._read[key]
-
-    def _pattern(self, source: str) -> str:
-        name, _, split = source.partition(":")
-        if name != EMBEDDED:
-            return source
-        if split not in ("train", "val"):
-            raise ValueError(f"{source}: the embedded data are embedded:train and embedded:val")
-        return str(self._embedded / f"{split}-*.tar")
-
-    def first_samples(self, sources: Sequence[str]) -> list[RawSample]:
-        key = tuple(sources)
-        if key not in self._peeked:
-            index = self.index(sources)
-            filled = next((shard for shard in index.shards if shard.samples), None)
-            count = min(PEEKED_SAMPLES, filled.samples) if filled else 0
-            self._peeked[key] = list(islice(read_shard(filled, range(count)), count)) if count else []
-        return self._peeked[key]
-
-    def is_labelled(self, sources: Sequence[str]) -> bool:
-        """Whether more than half of the first samples have a label."""
-        samples = self.first_samples(sources)
-        return 2 * sum(LABEL_FIELD in sample.fields for sample in samples) > len(samples)
-
-    def check_targets(self, task: Task, sources: Sequence[str], key: str) -> None:
-        """Refuses a data set whose first samples the task cannot be trained or scored on.
-
-        Raises:
-            ValueError: No labels, or one that the task cannot have; the message names ``key``.
-        """
-        if not self.is_labelled(sources):
-            raise ValueError(
-                f"Stage 3 needs labels, and the samples of {key} have no .{LABEL_FIELD} files: name labelled shards"
-            )
-        for raw in self.first_samples(sources):
-            try:
-                label = decode(raw, labelled=True).label
-            except DecodeError:
-                continue
-            try:
-                task.target({"label": torch.tensor([label])}, torch.device("cpu"))
-            except ValueError as error:
-                raise ValueError(f"{key}, sample {raw.id}: {error}") from error
-
-
 def _resolve_stage(
     recipe: Recipe,
     number: int,
     step: ConversionStep,
     model: ModelPlan,
     data: DataPlan,
-    read: _IndexReader,
+    read: Sources,
 ) -> StagePlan:
     kind, config = STAGES[number], recipe.stage(number)
     sources = recipe.data.train if config.train_data is None else config.train_data
@@ -507,7 +439,7 @@ def _index_digest(index: ShardIndex) -> str:
     return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards])
 
 
-def _resolve_evaluation(recipe: Recipe, read: _IndexReader) -> EvaluationPlan:
+def _resolve_evaluation(recipe: Recipe, read: Sources) -> EvaluationPlan:
     config = recipe.evaluation
     probe_sources = config.probe_train or recipe.data.train
     labelled = read.is_labelled(recipe.data.val) and read.is_labelled(probe_sources)

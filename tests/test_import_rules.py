@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"adala.pipeline"},
     {"adala.build"},
     {"adala.plan"},
-    {"adala.trainer", "adala.report", "adala.lineage"},
+    {"adala.trainer", "adala.report", "adala.lineage", "adala.sources"},
     {"adala.checkpoint", "adala.export"},
     {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},
     {"adala.backbones", "adala.tasks", "adala.runs", "adala.metrics"},

@@ -92,6 +92,7 @@ def test_overwrite_removes_nothing_before_everything_is_checked(finished: Path) 
         (["--stage3.num_classes", "2"], "stage3.num_classes is 2"),
         (["--data.val", '["/nowhere/val-*.tar"]'], "/nowhere/index.json"),
         (["--stage2.freeze", '["nothing*"]'], "no parameter matches"),
+        (["--stage3.start_from", "/nowhere"], "/nowhere holds no exported student"),
     ):
         refused(train_alone(finished, "--overwrite", *mistake), sentence)
         assert contents(run) == before
