@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adala.metrics import read_metrics
@@ -55,3 +56,27 @@ def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch) -> None:
     writer.write("train", 3, VALUES)
     writer.close()
     assert not (tmp_path / "none").exists() and capsys.readouterr().out == ""
+
+
+def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path, capsys) -> None:
+    def write(step: int) -> None:
+        writer = MetricWriter(tmp_path, "stage 1", 4, tensorboard=False)
+        writer.write("train", step, {"loss": 1.0})
+        writer.close()
+
+    write(1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "train", "st')
+    assert [row["step"] for row in read_metrics(tmp_path, "train")] == [1]
+    assert "1 damaged line left out" in capsys.readouterr().out
+    write(2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert "the last line was cut short, and is dropped" in capsys.readouterr().out
+
+
+def test_a_value_that_is_not_finite_is_not_written(tmp_path) -> None:
+    writer = MetricWriter(tmp_path, "stage 1", 4, tensorboard=False)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        writer.write("train", 1, {"loss": float("nan")})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

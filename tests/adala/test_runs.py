@@ -1,5 +1,6 @@
 """A run's folder: results replaced whole, orders that outlive a process, one command at a time."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,11 @@ def test_two_commands_do_not_train_one_run(tmp_path: Path) -> None:
         assert not list(run.path.glob(".seen-*"))
 
 
-def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+def raise_no_space(descriptor: int) -> None:
+    raise OSError("no space left on device")
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "value.json"
     assert read_json(path) is None
     write_json(path, {"a": 1})
@@ -93,6 +98,12 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": float("nan")})
     assert read_json(path) == {"a": 1} and (file_digest(path), file_checksum(path)) == before
+    assert [each.name for each in tmp_path.iterdir()] == ["value.json"]
+    # Cut off where a full disk or a kill would: before the new contents are on the disk.
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(os, "fsync", raise_no_space)
+        write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 1}
     path.write_text('{"a": 1')
     with pytest.raises(ValueError, match=r"value.json is damaged"):
         read_json(path)

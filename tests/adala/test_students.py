@@ -101,6 +101,16 @@ def test_threads_with_different_sizes_do_not_disturb_each_other(teacher, mechani
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_bare_tokens_lie_as_the_model_was_built_for_or_in_a_square() -> None:
+    teacher = build_tiny_teacher(img_size=(8, 32))
+    attention = linearize(teacher, "monarch").eval().blocks[0].attn
+    for grid_size in ((2, 8), (5, 5)):
+        tokens = torch.randn(1, grid_size[0] * grid_size[1] + 1, 32)
+        assert torch.equal(attention(tokens), attention(tokens, attn_mask=TokenLayout(grid_size, 1)))
+    tokens = torch.randn(1, 17, 32)
+    assert not torch.equal(attention(tokens), attention(tokens, attn_mask=TokenLayout((4, 4), 1)))
+
+
 def test_intermediate_features_know_the_layout_too(teacher) -> None:
     student = linearize(teacher, "monarch", keep=[1]).eval()
     for images in mixed_sizes():
