@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adala.distributed import barrier, broadcast_object, from_rank_0, raise_together, rank
+from adala.distributed import barrier, broadcast_object, from_rank_0, raise_together, rank, say
 from adala.files import read_json, remove_tree, sync_folder, write_json
 
 ATTEMPT = "attempt.json"
@@ -78,7 +78,10 @@ class StageFolder:
         try:
             return None if values is None else StageRecord(**values)
         except TypeError as error:
-            raise ValueError(f"{self.path / FINISHED} is not of this version ({error}): add --overwrite") from error
+            raise ValueError(
+                f"{self.path / FINISHED} is not of this version ({error}): move {self.path} away, or choose another "
+                "--run_name"
+            ) from error
 
     def finish(self, record: StageRecord) -> None:
         """The last file that a stage writes."""
@@ -195,8 +198,9 @@ def _lock(path: Path) -> int:
             f"the run {path.parent} is being trained by another command ({holder}): wait for it, stop it, or choose "
             "another --run_name"
         ) from error
-    except OSError:
-        # A file system without locks: two commands of one name are the user's to avoid there.
+    except OSError as error:
+        # A file system without locks, as some network ones are.
+        say(f"{path} cannot be locked ({error}): do not start two commands of one --run_name at once")
         return descriptor
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)

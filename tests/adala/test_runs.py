@@ -45,6 +45,14 @@ def test_a_process_that_dies_while_it_replaces_leaves_one_whole_result(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["stage2"]
 
 
+def test_a_record_of_another_version_is_a_sentence(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    stage_with(run.stage(2), "old")
+    write_json(run.stage(2).path / "finished.json", {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"finished.json is not of this version .*: move .*stage2 away"):
+        run.stage(2).record()
+
+
 def test_an_unfinished_replacement_stays_beside(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     stage_with(run.stage(2), "old")
