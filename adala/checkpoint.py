@@ -119,6 +119,8 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} has changed"
     except (ValueError, TypeError, KeyError) as error:
         return f"{MARKER} cannot be read: {error}"
+    except OSError as error:
+        return str(error)
     return None
 
 

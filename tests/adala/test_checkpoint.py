@@ -38,7 +38,11 @@ def test_what_should_not_be_saved_leaves_nothing(tmp_path: Path, engine: Writing
     assert not list(tmp_path.rglob("*.pt")) and complete_checkpoints(tmp_path / "checkpoints") == []
 
 
-def test_the_newest_whole_checkpoint_is_found_and_the_oldest_removed(tmp_path: Path, capsys) -> None:
+def fail_to_read(path: Path) -> int:
+    raise OSError(5, "Input/output error")
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_oldest_removed(tmp_path: Path, capsys, monkeypatch) -> None:
     (tmp_path / "partial-step-00000009").mkdir()
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, WritingEngine(), step, {"note": step})
@@ -49,6 +53,9 @@ def test_the_newest_whole_checkpoint_is_found_and_the_oldest_removed(tmp_path: P
     assert "trainer.json has" in find_damage(three)
     assert newest_checkpoint(tmp_path) == two
     assert "is damaged" in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr("adala.checkpoint.file_checksum", fail_to_read)
+        assert find_damage(two) == "[Errno 5] Input/output error"
     (two / "deepspeed" / "state.pt").unlink()
     assert newest_checkpoint(tmp_path) is None
     (two / "COMPLETE").write_text("")
