@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,11 @@ def test_every_step_and_rank_draws_its_own_random_numbers(recipe: Path) -> None:
 
 
 def test_another_seed_draws_other_random_numbers(recipe: Path) -> None:
-    ((one),), ((other),) = (on_ranks(1, draws, recipe, f"--seed={seed}", "--stage2.steps=2") for seed in (0, 1)[:1]), (
-        on_ranks(1, draws, recipe, "--seed=1", "--stage2.steps=2")
-    )
-    assert not set(one) & set(other)
+    overrides = ["--stage2.steps=2", "--stage2.warmup_steps=0"]
+    (one,) = on_ranks(1, draws, recipe, *overrides)
+    shutil.rmtree(recipe.parent / "checkpoints")
+    (other,) = on_ranks(1, draws, recipe, "--seed=1", *overrides)
+    assert len({*one, *other}) == 4
 
 
 def poison(trainer: Trainer, steps: set[int]) -> None:
@@ -136,22 +138,21 @@ def test_skipped_steps_are_counted_across_a_resume(recipe: Path) -> None:
 UNEQUAL = ["--evaluation.monitor_samples=13", "--evaluation.batch_size=6"]
 
 
-def evaluate(recipe: Path) -> tuple[int, dict[str, float]]:
-    trainer = build_trainer(recipe, 3, UNEQUAL)
-    forward_passes = []
-    trainer.engine.module.register_forward_pre_hook(lambda *_: forward_passes.append(1))
-    return len(forward_passes) or 0, trainer.evaluate(), len(forward_passes)
+def evaluate(recipe: Path) -> tuple[dict[str, float], int]:
+    """The metrics, and how many forward passes it took."""
+    trainer, passes = build_trainer(recipe, 3, UNEQUAL), []
+    trainer.engine.module.register_forward_pre_hook(lambda *_: passes.append(1))
+    return trainer.evaluate(), len(passes)
 
 
 def test_ranks_with_fewer_batches_evaluate_along_and_count_nothing_twice(recipe: Path) -> None:
     """13 samples: one rank has 7, two batches, the other 6, which are one batch; it repeats that, uncounted."""
-    ((_, alone, _),) = on_ranks(1, evaluate, recipe)
-    (_, first, passes_first), (_, second, passes_second) = on_ranks(2, evaluate, recipe)
+    ((alone, passes),) = on_ranks(1, evaluate, recipe)
+    assert passes == 3
+    (first, passes_first), (second, passes_second) = on_ranks(2, evaluate, recipe)
     assert passes_first == passes_second == 2
     assert first == second == pytest.approx(alone, rel=1e-5)
-    labels = [index % 3 for index in range(13)]
-    assert alone["top1"] in [pytest.approx(100 * right / 13) for right in range(14)], labels
-    assert (recipe.parent / "metrics.jsonl").read_text().count('"val"') == 2
+    assert (recipe.parent / "metrics.jsonl").read_text().count('"val"') == 2, "rank 0 alone writes"
 
 
 def nothing_usable(recipe: Path) -> str:
