@@ -166,9 +166,10 @@ def nothing_usable(recipe: Path) -> str:
 
 
 def test_a_rank_without_a_usable_sample_is_told_by_all(recipe: Path) -> None:
-    assert on_ranks(2, nothing_usable, recipe) == [
-        "a rank found no usable held-out sample: name other shards in data.val"
-    ] * 2
+    assert (
+        on_ranks(2, nothing_usable, recipe)
+        == ["a rank found no usable held-out sample: name other shards in data.val"] * 2
+    )
 
 
 def test_it_evaluates_logs_and_saves_when_it_is_due(recipe: Path) -> None:
