@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from adala.build import (
     find_start,
     load_start,
     prepare_student,
+    rehearse,
     unaligned_student,
 )
 from adala.config import load_recipe
@@ -107,6 +109,33 @@ def test_what_is_random_comes_from_the_seed_alone(recipe: Path) -> None:
     assert torch.equal(heads(0), heads(0)) and not torch.equal(heads(0), heads(1))
 
 
+def test_zero_3_keeps_the_whole_graph_and_refuses_what_needs_single_modules(recipe: Path) -> None:
+    for zero, released in (("zero1", True), ("zero2", True), ("zero3", False)):
+        stage = build_tiny_stage(plan_stage(recipe, 1, [f"--ds_config={zero}"]))
+        assert stage.release_activations is released
+    maps = ["--mechanism=hedgehog", "--stage1.loss=attention_map_cross_entropy"]
+    build_tiny_stage(plan_stage(recipe, 1, [*maps, "--ds_config=zero2"]))
+    with pytest.raises(ValueError, match="ds_config zero3: ZeRO-3 gathers weights for a module's forward pass only"):
+        build_tiny_stage(plan_stage(recipe, 1, [*maps, "--ds_config=zero3"]))
+
+
+@pytest.mark.parametrize(("save_every", "checkpoints"), [(0, 1), (3, 2), (4, 1), (1, 2)])
+def test_the_room_that_a_run_needs(recipe: Path, monkeypatch, save_every: int, checkpoints: int) -> None:
+    """Four steps. All weights, with what AdamW keeps of those that train, in each checkpoint; then the student's."""
+    teacher = build_teacher(plan_stage(recipe, 1).model.teacher)
+    weights = sum(p.numel() for p in teacher.parameters())
+    qkv = sum(p.numel() for name, p in teacher.named_parameters() if ".attn.qkv." in name)
+    needed = checkpoints * (4 * weights + 12 * qkv) + 4 * weights
+    plan = resolve_run(load_recipe(str(recipe), [f"--stage1.save_every={save_every}"]), (1,))
+    for free in (needed, needed - 1):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if free == needed:
+            rehearse(plan)
+        else:
+            with pytest.raises(ValueError, match="make room, or choose another runs_dir"):
+                rehearse(plan)
+
+
 def finish(plan, changes: dict | None = None, number: int = 1) -> Path:
     """A finished stage with a student in the run at the working directory, described as ``changes`` say."""
     folder = RunFolder(Path.cwd()).stage(number)
@@ -131,7 +160,10 @@ def run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 def test_a_stage_starts_from_the_newest_one_before_it(recipe: Path, run: RunFolder) -> None:
     plan = plan_stage(recipe, 3)
     start = find_start(run, plan)
-    assert (start.folder, start.digest) == (None, "linearized") and "no stage 2 in this run" in start.origin
+    assert (start.folder, start.digest) == (None, "linearized")
+    assert start.origin == "the linearized teacher (no stage 2 in this run)"
+    assert find_start(run, plan_stage(recipe, 2)).origin == "the linearized teacher (no stage 1 in this run)"
+    assert find_start(run, plan_stage(recipe, 1)).origin == "the linearized teacher"
     finish(plan_stage(recipe, 1))
     start = find_start(run, plan)
     assert start.folder == run.stage(1).path and start.digest.startswith("sha256:")

@@ -72,7 +72,7 @@ def test_a_task_survives_its_description() -> None:
     assert read_task(describe_task(task)) == task
     with pytest.raises(ValueError, match="unknown task 'detection': known are classification"):
         read_task({"name": "detection"})
-    with pytest.raises(ValueError, match="task classification: .*num_boxes"):
+    with pytest.raises(ValueError, match=r"task classification: .*num_boxes"):
         read_task({"name": "classification", "num_classes": 3, "num_boxes": 2})
 
 
