@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_teacher import build_tiny_teacher
 
 from adala.evaluation import Evaluator, Scorer, evaluate
@@ -60,7 +61,13 @@ def test_a_model_against_its_teacher(teacher, cut: list[int]) -> None:
     student = linearize(teacher, "linear").eval()
     found = evaluate(student, teacher, labelled_batches(cut))
     assert found == pytest.approx(evaluate(student, teacher, labelled_batches([6])), rel=1e-5)
-    assert set(found) == {"feature_cosine", "patch_cosine", "cls_cosine", "relative_error"}
+    (whole,) = labelled_batches([6])
+    ours, theirs = student(whole["image"]), teacher(whole["image"])
+    cosine = F.cosine_similarity(ours, theirs, dim=-1)
+    expected = {"feature_cosine": cosine, "patch_cosine": cosine[:, 1:], "cls_cosine": cosine[:, 0]}
+    expected = {name: values.mean().item() for name, values in expected.items()}
+    expected["relative_error"] = ((ours - theirs).norm() / theirs.norm()).item()
+    assert found == pytest.approx(expected, rel=1e-5)
     assert evaluate(teacher, teacher, labelled_batches(cut))["relative_error"] == 0.0
 
 
@@ -70,6 +77,11 @@ def test_scores_by_a_probe_and_by_a_head() -> None:
     scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
     probed = scorer.frozen(student)
     assert probed.value == pytest.approx(100.0) and probed.metrics["feature_cosine"] < 1
-    tuned = scorer.tuned(student, task.build_head(student).eval(), task)
-    assert tuned.value == tuned.metrics["top1"] and 0 <= tuned.value <= 100
+    head = task.build_head(student)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
+    tuned = scorer.tuned(student, head, task)
+    (whole,) = labelled_batches([6])
+    right = head(student(whole["image"])).argmax(-1) == whole["label"]
+    assert right.tolist().count(True) in range(1, 6), "a share that a mistake would change"
+    assert tuned.value == tuned.metrics["top1"] == pytest.approx(100 * right.float().mean().item())
     assert Scorer(teacher, labelled_batches([6]), None, 1e-3).frozen(student).value is None
