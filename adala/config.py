@@ -45,6 +45,9 @@ class DataConfig:
     """Training shards: brace patterns, globs, paths or URLs beside an index.json; ``embedded:train`` is built in."""
     val: list[str] = dataclasses.field(default_factory=lambda: ["embedded:val"])
     """Held-out shards."""
+    classes: str | None = None
+    """File that lists the names of classes (.json or .txt), for labels that are names; null takes the ``classes.json``
+    or ``classes.txt`` beside the shards."""
     image_size: list[int] = dataclasses.field(default_factory=lambda: [28, 28])
     """Height and width in pixels that the model sees; the patch size must divide both."""
     mean: list[float] | None = None

@@ -245,10 +245,11 @@ def _resolve(recipe: Recipe, stages: Sequence[int]) -> RunPlan:
         )  # fmt: skip
     recipe, notes = _under_conversion(recipe, conversion)
     model, data = _resolve_model(recipe)
-    read = Sources(Path(recipe.runs_dir).expanduser() / "embedded-fashion-mnist")
+    read = Sources(Path(recipe.runs_dir).expanduser() / "embedded-fashion-mnist", recipe.data.classes)
     steps = {number: conversion.step(STAGES[number].name) for number in stages if has_step[number]}
     plans = tuple(_resolve_stage(recipe, number, step, model, data, read) for number, step in steps.items())
-    evaluation = _resolve_evaluation(recipe, read)
+    evaluation, unscored = _resolve_evaluation(recipe, read)
+    notes = notes if unscored is None else (*notes, f"models are compared by their features alone: {unscored}")
     left_out = tuple(number for number in stages if not has_step[number])
     if model.teacher.checkpoint is None and not model.teacher.pretrained:
         notes = (
@@ -366,6 +367,8 @@ def _resolve_stage(
     if task is not None:
         read.check_targets(task, sources, sources_key)
         read.check_targets(task, recipe.data.val, "data.val")
+        if (different := read.missing_labels(sources, recipe.data.val)) is not None:
+            raise ValueError(f"{sources_key} and data.val do not have the same labels: {different}")
     micro, accumulation = _divide_batch(number, config)
     trainable = QKV_PATTERNS if getattr(config, "trainable", "all") == "qkv" else step.trainable
     return StagePlan(
@@ -428,26 +431,28 @@ def _stage_conditions(
         "data.mean": list(data.mean),
         "data.std": list(data.std),
         "data.shuffle_buffer": data.shuffle_buffer,
-        f"stage{number}.train_data or data.train (its shards)": _index_digest(training),
+        f"stage{number}.train_data or data.train (its shards)": _index_digest(training, step.stage == "finetuning"),
         "ds_config (its precision)": model.precision.precision,
         **own,
     }
 
 
-def _index_digest(index: ShardIndex) -> str:
-    """What identifies a data set wherever it lies: names, samples and bytes of its shards."""
-    return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards])
+def _index_digest(index: ShardIndex, labelled: bool) -> str:
+    """What identifies a data set wherever it lies: names, samples and bytes of its shards, and what its labels mean."""
+    classes = [shard.classes for shard in index.shards if shard.classes is not None][:1] if labelled else []
+    return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards] + classes)
 
 
-def _resolve_evaluation(recipe: Recipe, read: Sources) -> EvaluationPlan:
+def _resolve_evaluation(recipe: Recipe, read: Sources) -> tuple[EvaluationPlan, str | None]:
+    """How the run's models are scored, and why they have no scores, if they have none."""
     config = recipe.evaluation
     probe_sources = config.probe_train or recipe.data.train
-    labelled = read.is_labelled(recipe.data.val) and read.is_labelled(probe_sources)
-    held_out, probe_train = read.index(recipe.data.val), read.index(probe_sources) if labelled else None
+    missing = read.missing_labels(recipe.data.val, probe_sources)
+    held_out, probe_train = read.index(recipe.data.val), None if missing else read.index(probe_sources)
     conditions = {
-        "data.val": _index_digest(held_out),
-        "evaluation.probe_train": _index_digest(probe_train) if probe_train else None,
+        "data.val": _index_digest(held_out, probe_train is not None),
+        "evaluation.probe_train": _index_digest(probe_train, True) if probe_train else None,
         "evaluation.probe_samples": config.probe_samples,
         "evaluation.probe_l2": config.probe_l2,
     }
-    return EvaluationPlan(held_out, probe_train, config.probe_samples, config.probe_l2, conditions)
+    return EvaluationPlan(held_out, probe_train, config.probe_samples, config.probe_l2, conditions), missing
