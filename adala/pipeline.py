@@ -126,7 +126,7 @@ def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None =
     stage = build_stage(plan, student, teacher)
     measure_on_data(plan, stage)
     conditions = {**plan.conditions, START: start.digest}
-    from_rank_0(partial(_open_stage, run_plan, decision, conditions))
+    from_rank_0(partial(_open_stage, run_plan, plan.number, decision, conditions))
 
     engine = build_engine(plan, stage)
     metrics = _train(run_plan, plan, engine, stage, decision.folder)
@@ -142,10 +142,12 @@ def _decide(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None) ->
     return start, decide(run_plan.run, plan.number, plan.conditions, start.digest, order)
 
 
-def _open_stage(run_plan: RunPlan, decision: Decision, conditions: dict[str, Any]) -> None:
+def _open_stage(run_plan: RunPlan, number: int, decision: Decision, conditions: dict[str, Any]) -> None:
     folder = decision.folder
     if decision.is_new:
         remove_tree(folder.path)
+    if decision.continues:
+        folder.begin_as(run_plan.run.stage(number))
     folder.start_attempt(conditions)
     write_whole(folder.config, recipe_to_yaml(run_plan.recipe))
 

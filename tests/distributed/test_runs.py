@@ -219,3 +219,17 @@ def test_every_cut_of_a_batch_trains_the_same(tmp_path: Path) -> None:
         curves[name] = [row["loss"] for n in (1, 2, 3) for row in read_metrics(run / f"stage{n}", "train")]
     assert curves["cut"] == pytest.approx(curves["whole"], rel=1e-3)
     assert curves["ranks"] == pytest.approx(curves["whole"], rel=1e-3)
+
+
+def test_a_finished_stage_goes_on_to_more_steps_as_if_never_finished(tmp_path: Path) -> None:
+    """Under a constant rate, whose course does not depend on the number of steps, to the bit."""
+    recipe, runs = write_tiny_recipe(tmp_path), tmp_path / "runs"
+    arguments = ["--stage", "1", "--stage1.schedule", "constant"]
+    succeeds(train_alone(recipe, *arguments))
+    said = succeeds(train_alone(recipe, *arguments, "--stage1.steps", "7"))
+    assert "finished after 4 steps, of which 7 are wanted now: going on with it" in said
+    assert "resuming from" in said and "at step 4 of 7" in said
+    assert [row["step"] for row in read_metrics(runs / "tiny-run" / "stage1", "train")] == list(range(1, 8))
+    succeeds(train_alone(recipe, *arguments, "--stage1.steps", "7", "--run_name", "at-once"))
+    assert student_of(runs / "tiny-run", 1) == student_of(runs / "at-once", 1)
+    assert sorted(path.name for path in (runs / "tiny-run").glob("stage*")) == ["stage1"]
