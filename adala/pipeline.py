@@ -27,7 +27,7 @@ from adala.build import (
 )
 from adala.config import Recipe, recipe_to_yaml
 from adala.data import StreamState, TrainLoader
-from adala.distributed import device, from_rank_0, gather_objects, raise_together, say
+from adala.distributed import device, from_rank_0, gather_objects, raise_together, rank, say
 from adala.engine import Engine
 from adala.evaluation import Evaluator, Score
 from adala.export import WEIGHTS, load_classifier, load_student, read_description, save_student
@@ -195,7 +195,10 @@ def export_stage(plan: StagePlan, engine: Engine, stage: Stage, folder: StageFol
         ValueError: It does not.
     """
     state = engine.full_state()
-    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, None, plan.task is not None)))
+    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, None, plan.task is not None)), None)
+    raise_together(
+        None if batch else ValueError(f"rank {rank()} found no usable sample of data.val: name other shards")
+    )
     batch = {key: value[:CHECKED_IMAGES] if key != "epoch" else value for key, value in batch.items()}
     engine.eval()
     with torch.no_grad():
@@ -270,12 +273,18 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     scorer = build_scorer(plan.data, plan.evaluation, teacher)
     rows: list[ReportRow] = []
 
-    def add(name: str, score: Score) -> None:
-        rows.append(ReportRow(name, score.value, score.metrics["feature_cosine"]))
-        value = "-" if score.value is None else f"{score.value:.2f} %"
-        say(f"scored {name}: top-1 {value}, feature cosine {score.metrics['feature_cosine']:.4f}")
+    of_teacher = scorer.frozen(teacher)
+    is_scored = of_teacher.value is not None
+    if not is_scored and scorer.probe_train is not None:
+        say("all labels are the same: models are compared by their features alone")
 
-    add("teacher", scorer.frozen(teacher))
+    def add(name: str, score: Score) -> None:
+        value = score.value if is_scored else None
+        rows.append(ReportRow(name, value, score.metrics["feature_cosine"]))
+        said = "-" if value is None else f"{value:.2f} %"
+        say(f"scored {name}: top-1 {said}, feature cosine {score.metrics['feature_cosine']:.4f}")
+
+    add("teacher", of_teacher)
     add("linearized", scorer.frozen(unaligned_student(plan.model, teacher).eval()))
     for number in (1, 2, 3):
         if f"stage {number}" not in identity:

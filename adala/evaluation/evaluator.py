@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adala.distributed import all_reduce_sum, device
+from adala.distributed import all_reduce_sum, device, gather_objects
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.tasks import Task
 
@@ -66,11 +66,11 @@ class Evaluator:
             collector.update(outputs, batch)
 
     def reduce(self) -> None:
-        """Adds up all ranks' sums, once; every rank calls it, with the same names of outputs."""
+        """Adds up all ranks' sums, once; every rank calls it, also one that had no batch."""
         count = torch.tensor(float(self._images), dtype=torch.float64, device=device())
-        # Sorted: ranks need not have met the names in one order.
-        names = sorted(self._scalars)
-        total = all_reduce_sum(torch.stack([count, *self._comparison, *(self._scalars[name] for name in names)]))
+        names = sorted(set().union(*gather_objects(list(self._scalars))))
+        scalars = [self._scalars.get(name, torch.zeros_like(count)) for name in names]
+        total = all_reduce_sum(torch.stack([count, *self._comparison, *scalars]))
         self._images, self._comparison = int(total[0]), total[1:9]
         self._scalars = dict(zip(names, total[9:], strict=True))
 

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adala.distributed import device, gather_objects
+from adala.distributed import SharedError, device, gather_objects
 from adala.heads import Pooling, pool_tokens
 
 
@@ -50,8 +50,16 @@ class FeatureCollector:
         self._labels.append(batch["label"])
 
     def gathered(self) -> Features:
-        parts = gather_objects((torch.cat(self._values), torch.cat(self._labels)))
-        return Features(torch.cat([values for values, _ in parts]), torch.cat([labels for _, labels in parts]))
+        """Those of all ranks, in their order; every rank calls it, also one that had no batch.
+
+        Raises:
+            ValueError: No rank had one; every rank raises.
+        """
+        parts = gather_objects((self._values, self._labels))
+        values = [value for of_rank, _ in parts for value in of_rank]
+        if not values:
+            raise SharedError("no labelled sample can be used: name other shards in data.val or evaluation.probe_train")
+        return Features(torch.cat(values), torch.cat([labels for _, of_rank in parts for labels in of_rank]))
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ class Score:
     """One model's scores on the held-out split.
 
     Attributes:
-        value: In percent: by a linear probe on frozen features, or by the model's own head. None without labels.
+        value: In percent: by a linear probe on frozen features, or by the model's own head. None without labels, or
+            where all are the same.
         metrics: Against the teacher, and the head's; see :func:`adala.evaluation.evaluate`.
     """
 
@@ -51,8 +52,11 @@ class Scorer:
             return Score(None, evaluate(model, self.teacher, self.held_out))
         collector = FeatureCollector(model, PROBE_POOLING)
         metrics = evaluate(model, self.teacher, self.held_out, collectors=[collector])
-        fitted_on = collect_features(model, self.probe_train, PROBE_POOLING)
-        return Score(linear_probe_top1(fitted_on, collector.gathered(), l2=self.probe_l2), metrics)
+        fitted_on, scored_on = collect_features(model, self.probe_train, PROBE_POOLING), collector.gathered()
+        # Of one class alone every model knows everything.
+        if min(len(fitted_on.labels.unique()), len(scored_on.labels.unique())) < 2:
+            return Score(None, metrics)
+        return Score(linear_probe_top1(fitted_on, scored_on, l2=self.probe_l2), metrics)
 
     def tuned(self, model: VisionTransformer, head: nn.Module, task: Task) -> Score:
         """By the model's own head; every rank calls it."""
