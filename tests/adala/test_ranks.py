@@ -1,0 +1,147 @@
+"""What several ranks agree upon: nobody waits for a rank that has given up, and all come to one answer."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from adala import distributed
+from adala.distributed import (
+    SharedError,
+    all_reduce_sum,
+    any_rank,
+    broadcast_object,
+    from_rank_0,
+    gather_objects,
+    has_lost_peer,
+    raise_together,
+    rank,
+    report_error,
+    say,
+    world_size,
+)
+
+MISTAKE = "rank 1 has no data"
+
+
+def raises_on_rank(number: int | None) -> str:
+    try:
+        raise_together(OSError(MISTAKE) if rank() == number else None)
+    except SharedError as error:
+        cause = "OSError" if isinstance(error.__cause__, OSError) else "none"
+        # A collective more: a rank that had not raised would be somewhere else by now, and this would hang.
+        return f"{error} (cause {cause}, seen by {len(gather_objects(0))})"
+    return "nothing"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_mistake_of_one_rank_is_raised_by_all(number: int) -> None:
+    said = on_ranks(2, raises_on_rank, number, timeout_s=30)
+    assert said[number] == f"{MISTAKE} (cause OSError, seen by 2)"
+    assert said[1 - number] == f"{MISTAKE} (cause none, seen by 2)"
+
+
+def test_nothing_is_raised_where_nothing_is_wrong() -> None:
+    assert on_ranks(2, raises_on_rank, None, timeout_s=30) == ["nothing", "nothing"]
+    assert raises_on_rank(None) == "nothing"
+    with pytest.raises(SharedError, match=MISTAKE):
+        raise_together(ValueError(MISTAKE))
+
+
+def both_are_wrong() -> str:
+    try:
+        raise_together(ValueError(f"rank {rank()} is wrong"))
+    except SharedError as error:
+        return str(error)
+
+
+def test_of_two_mistakes_the_first_ranks_is_told_by_both() -> None:
+    assert on_ranks(2, both_are_wrong, timeout_s=30) == ["rank 0 is wrong"] * 2
+
+
+def on_rank_0_alone(folder: Path, fails: bool) -> object:
+    def action() -> Path:
+        (folder / f"rank{rank()}").touch()
+        if fails:
+            raise OSError("no room")
+        return folder
+
+    try:
+        return from_rank_0(action)
+    except SharedError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rank_0_acts_and_all_know(tmp_path: Path, fails: bool) -> None:
+    assert on_ranks(2, on_rank_0_alone, tmp_path, fails, timeout_s=30) == ["no room" if fails else tmp_path] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["rank0"]
+
+
+def collectives() -> dict[str, object]:
+    own = torch.tensor([1.0 + rank(), 10.0])
+    say(f"rank {rank()} says")
+    return {
+        "place": (rank(), world_size()),
+        "sum": all_reduce_sum(own).tolist(),
+        "any": (any_rank(rank() == 1), any_rank(False), any_rank(True)),
+        "gathered": gather_objects(f"from {rank()}"),
+        "broadcast": broadcast_object(f"from {rank()}"),
+    }
+
+
+def test_collectives(capfd: pytest.CaptureFixture) -> None:
+    found = on_ranks(2, collectives, timeout_s=30)
+    assert [answer.pop("place") for answer in found] == [(0, 2), (1, 2)]
+    expected = {"sum": [3.0, 20.0], "any": (True, False, True), "gathered": ["from 0", "from 1"], "broadcast": "from 0"}
+    assert found == [expected, expected]
+    assert capfd.readouterr().out == "rank 0 says\n"
+
+
+def test_one_process_is_a_world_of_one() -> None:
+    found = collectives()
+    assert found == {
+        "place": (0, 1), "sum": [1.0, 10.0], "any": (False, False, True), "gathered": ["from 0"], "broadcast": "from 0",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own_rank", "error", "said"),
+    [
+        ("0", SharedError("two\n lines"), "error: two lines\n"),
+        ("0", ValueError("mine"), "error: mine\n"),
+        ("1", SharedError("all know"), ""),
+        ("1", ValueError("mine"), "error: mine\n"),
+        ("0", ValueError("Caught ValueError in worker.\nTraceback:\n  x\nValueError: bad shard"), "error: bad shard\n"),
+    ],
+    ids=["shared_on_0", "own_on_0", "shared_on_1", "own_on_1", "worker"],
+)
+def test_a_mistake_is_told_once_in_one_sentence(monkeypatch, capsys, own_rank: str, error, said: str) -> None:
+    monkeypatch.setenv("RANK", own_rank)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    report_error(error)
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[rank 1] Connection closed by peer [127.0.0.1]:3"), True),
+        (torch.distributed.DistBackendError("NCCL"), True),
+        (RuntimeError("shapes do not match"), False),
+    ],
+    ids=["gloo", "nccl", "own"],
+)
+def test_a_lost_peer_is_told_from_an_own_mistake(error: Exception, lost: bool) -> None:
+    assert has_lost_peer(error) is lost
+
+
+def test_peak_memory_is_in_mib() -> None:
+    """This process has imported torch: some hundred MiB, and less than the machine has."""
+    peak = distributed.peak_resident_mib()
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    assert peak == pytest.approx(int(line.split()[1]) / 1024, rel=0.1)
+    assert distributed.peak_memory_mib() == pytest.approx(peak, rel=0.1) and os.environ["DS_ACCELERATOR"] == "cpu"
