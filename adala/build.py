@@ -22,7 +22,7 @@ from adala.data import (
     build_train_transform,
 )
 from adala.distributed import broadcast_object, device, rank, say, world_size
-from adala.engine import Engine
+from adala.engine import Engine, check_ds_config
 from adala.evaluation import Features, Scorer, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
 from adala.files import file_digest
@@ -266,6 +266,7 @@ def rehearse(plan: RunPlan) -> None:
         ValueError: Whatever a builder refuses, or a disk without room for the run's checkpoints and students.
     """
     model = plan.model
+    check_ds_config(model.precision)
     needed = 0
     for stage_plan in plan.stages:
         with torch.device("meta"):

@@ -14,7 +14,7 @@ import torch
 
 from adala.attention import resolve_mechanism
 from adala.backbones import build_backbone
-from adala.config import FinetuningConfig, Recipe, StageConfig
+from adala.config import EMBEDDED_FOLDER, FinetuningConfig, Recipe, StageConfig
 from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
 from adala.data import ShardIndex
 from adala.data.embedded import TEACHER_PATH
@@ -245,7 +245,7 @@ def _resolve(recipe: Recipe, stages: Sequence[int]) -> RunPlan:
         )  # fmt: skip
     recipe, notes = _under_conversion(recipe, conversion)
     model, data = _resolve_model(recipe)
-    read = Sources(Path(recipe.runs_dir).expanduser() / "embedded-fashion-mnist", recipe.data.classes)
+    read = Sources(Path(recipe.runs_dir).expanduser() / EMBEDDED_FOLDER, recipe.data.classes)
     steps = {number: conversion.step(STAGES[number].name) for number in stages if has_step[number]}
     plans = tuple(_resolve_stage(recipe, number, step, model, data, read) for number, step in steps.items())
     evaluation, unscored = _resolve_evaluation(recipe, read)
@@ -276,16 +276,12 @@ def _under_conversion(recipe: Recipe, conversion: Conversion) -> tuple[Recipe, t
                 notes.append(f"{name} is {value} by {recipe.mechanism}'s native conversion, in place of {own}")
                 stated[key] = value
         if stated:
-            recipe = dataclasses.replace(
-                recipe, **{f"stage{number}": dataclasses.replace(recipe.stage(number), **stated)}
-            )
+            recipe = recipe.with_stage(number, **stated)
     return recipe, tuple(notes)
 
 
 def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
     config, size = recipe.teacher, recipe.data.image_size
-    if len(size) != 2:
-        raise ValueError(f"data.image_size must be [height, width] in pixels, not {size}")
     # Without memory for its weights: only what it was trained with and what it takes are read off it.
     with torch.device("meta"):
         outline = build_backbone(config.name, size, config.model_args)
