@@ -21,7 +21,7 @@ from adala.data import (
     build_eval_transform,
     build_train_transform,
 )
-from adala.distributed import broadcast_object, device, rank, say, world_size
+from adala.distributed import device, from_rank_0, rank, say, world_size
 from adala.engine import Engine, check_ds_config
 from adala.evaluation import Features, Scorer, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
@@ -180,8 +180,7 @@ def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
     features = collect_features(student, batches, plan.config.pooling)
     normalized = Features(head.norm(features.values.to(device())).cpu(), features.labels)
     # On rank 0 alone: L-BFGS would round differently on machines that differ.
-    fitted = fit_probe(normalized, plan.config.num_classes, plan.probe_l2) if rank() == 0 else None
-    weight, bias = broadcast_object(fitted)
+    weight, bias = from_rank_0(lambda: fit_probe(normalized, plan.config.num_classes, plan.probe_l2))
     head.linear.load_state_dict({"weight": weight, "bias": bias})
     student.train()
 

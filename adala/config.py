@@ -116,6 +116,7 @@ RULES: dict[str, Rule] = {
     ),
     "ds_config": PATH,
     "checkpoint": PATH,
+    "classes": PATH,
     "train": SHARDS,
     "val": SHARDS,
     "train_data": SHARDS,

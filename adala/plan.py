@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from adala.attention import resolve_mechanism
-from adala.backbones import build_backbone
+from adala.backbones import NamedModel, build_backbone, load_teacher, read_checkpoint, resolve_name
 from adala.config import EMBEDDED_FOLDER, FinetuningConfig, Recipe, StageConfig
 from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
 from adala.data import ShardIndex
@@ -282,18 +282,27 @@ def _under_conversion(recipe: Recipe, conversion: Conversion) -> tuple[Recipe, t
 
 def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
     config, size = recipe.teacher, recipe.data.image_size
+    named = resolve_name(config.name, config.model_args)
     # Without memory for its weights: only what it was trained with and what it takes are read off it.
     with torch.device("meta"):
-        outline = build_backbone(config.name, size, config.model_args)
-    mean, std = (recipe.data.mean or outline.default_cfg["mean"]), (recipe.data.std or outline.default_cfg["std"])
+        outline = build_backbone(named.architecture, size, named.model_args)
+    mean = recipe.data.mean or named.mean or outline.default_cfg["mean"]
+    std = recipe.data.std or named.std or outline.default_cfg["std"]
+    checkpoint = _teacher_checkpoint(recipe, named)
+    if checkpoint is not None:
+        read_checkpoint(outline, checkpoint)
+    elif config.pretrained and config.checkpoint is None:
+        # Now, and not when a stage has begun: weights may be out of reach, or not fit.
+        load_teacher(config.name, size, pretrained=True, model_args=config.model_args)
     teacher = TeacherPlan(
-        config.name,
-        dict(config.model_args),
+        # A repository's name stays: its files may lie elsewhere on another node.
+        config.name if named.repository else named.architecture,
+        dict(config.model_args) if named.repository else named.model_args,
         tuple(size),
-        checkpoint=_teacher_checkpoint(recipe),
-        pretrained=config.pretrained and config.checkpoint is None,
+        checkpoint,
+        pretrained=config.pretrained and config.checkpoint is None and checkpoint is None,
         seed=recipe.seed,
-        digest=_teacher_digest(recipe),
+        digest=_teacher_digest(recipe, named),
     )
     data = DataPlan(
         tuple(size),
@@ -304,8 +313,8 @@ def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
         recipe.evaluation.batch_size,
     )
     student = StudentDescription(
-        backbone=config.name,
-        model_args=dict(config.model_args),
+        backbone=named.architecture,
+        model_args=named.model_args,
         image_size=list(size),
         mechanism=recipe.mechanism,
         mechanism_options=dict(recipe.mechanism_options),
@@ -316,18 +325,20 @@ def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
     return ModelPlan(teacher, student, load_ds_config(recipe.ds_config), recipe.seed), data
 
 
-def _teacher_checkpoint(recipe: Recipe) -> Path | None:
-    named = recipe.teacher.checkpoint
-    if named in (None, RANDOM):
+def _teacher_checkpoint(recipe: Recipe, named: NamedModel) -> Path | None:
+    config = recipe.teacher
+    if config.checkpoint is None and config.pretrained and named.folder is not None:
+        return named.weights()
+    if config.checkpoint in (None, RANDOM):
         return None
-    path = TEACHER_PATH if named == EMBEDDED else Path(named).expanduser()
-    if not path.is_file():
+    path = TEACHER_PATH if config.checkpoint == EMBEDDED else Path(config.checkpoint).expanduser()
+    if not path.exists():
         raise ValueError(f"teacher.checkpoint {path} does not exist")
     return path
 
 
-def _teacher_digest(recipe: Recipe) -> str:
-    path = _teacher_checkpoint(recipe)
+def _teacher_digest(recipe: Recipe, named: NamedModel) -> str:
+    path = _teacher_checkpoint(recipe, named)
     if path is not None:
         return file_digest(path)
     if recipe.teacher.checkpoint == RANDOM:
@@ -337,7 +348,8 @@ def _teacher_digest(recipe: Recipe) -> str:
             "the teacher has no weights: name a file in teacher.checkpoint, or set teacher.pretrained true to fetch "
             f"them (teacher.checkpoint {RANDOM} makes a random network on purpose)"
         )
-    return f"timm's pretrained weights of {recipe.teacher.name}"
+    path = named.weights()
+    return f"timm's pretrained weights of {named.architecture}" if path is None else file_digest(path)
 
 
 def _resolve_stage(

@@ -102,7 +102,7 @@ def test_threads_with_different_sizes_do_not_disturb_each_other(teacher, mechani
 
 
 def test_bare_tokens_lie_as_the_model_was_built_for_or_in_a_square() -> None:
-    teacher = build_tiny_teacher(img_size=(8, 32))
+    teacher = build_tiny_teacher(image_size=(8, 32))
     attention = linearize(teacher, "monarch").eval().blocks[0].attn
     for grid_size in ((2, 8), (5, 5)):
         tokens = torch.randn(1, grid_size[0] * grid_size[1] + 1, 32)
