@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from ranks import on_ranks
 from tiny_teacher import build_tiny_teacher
 
-from adala.evaluation import Evaluator, Scorer, evaluate
+from adala.distributed import rank
+from adala.evaluation import Evaluator, FeatureCollector, Scorer, evaluate
 from adala.students import linearize
 from adala.tasks import Classification
 
@@ -73,3 +75,37 @@ def test_scores_by_a_probe_and_by_a_head() -> None:
     tuned = scorer.tuned(student, task.build_head(student).eval(), task)
     assert tuned.value == tuned.metrics["top1"] and 0 <= tuned.value <= 100
     assert Scorer(teacher, labelled_batches([6]), None, 1e-3).frozen(student).value is None
+
+
+def test_all_labels_alike_give_no_score(teacher) -> None:
+    alike = [{**batch, "label": torch.zeros_like(batch["label"])} for batch in labelled_batches([6])]
+    for held_out, train in ((alike, alike), (labelled_batches([6]), alike), (alike, labelled_batches([6]))):
+        assert Scorer(teacher, held_out, train, 1e-3).frozen(teacher).value is None
+
+
+def score_unevenly(batches_of_ranks: list[list[dict]]) -> tuple[dict[str, float], int]:
+    """As a rank of several, of which some have no batch: bad samples may have left it none."""
+    teacher = build_tiny_teacher()
+    collector = FeatureCollector(teacher, "cls")
+    metrics = evaluate(linearize(teacher, "linear").eval(), teacher, batches_of_ranks[rank()], collectors=[collector])
+    evaluator = Evaluator(teacher)
+    for loss in range(2 * rank()):
+        evaluator.update({"loss": torch.tensor(float(loss))}, {"id": ["x"]})
+    evaluator.reduce()
+    return {**metrics, **evaluator.compute()}, len(collector.gathered().labels)
+
+
+def test_a_rank_without_a_batch_is_waited_for_and_waits(teacher) -> None:
+    alone = evaluate(linearize(teacher, "linear").eval(), teacher, labelled_batches([2, 4]))
+    for metrics, labels in on_ranks(2, score_unevenly, [[], labelled_batches([2, 4])]):
+        assert metrics == pytest.approx({**alone, "loss": 0.5}) and labels == 6
+
+
+def collect_nothing() -> str:
+    with pytest.raises(ValueError) as caught:
+        FeatureCollector(build_tiny_teacher(), "cls").gathered()
+    return str(caught.value)
+
+
+def test_no_sample_at_all_is_said_on_every_rank() -> None:
+    assert all("no labelled sample can be used" in said for said in on_ranks(2, collect_nothing))
