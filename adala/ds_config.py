@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-CONFIG_FOLDERS = (Path("ds_configs"), Path(__file__).resolve().parent.parent / "ds_configs")
+# That of the working directory, that beside the package in its repository, and that in an installed package.
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDERS = (Path("ds_configs"), _PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
 RECIPE_KEYS = {
     "train_batch_size": "stageN.global_batch_size",
     "train_micro_batch_size_per_gpu": "stageN.micro_batch_size",
