@@ -177,7 +177,7 @@ def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
     """
     batches = build_evaluation_loader(plan.data, plan.training, plan.config.head_init_samples, labelled=True)
     head, student = stage.head, stage.student.eval()
-    features = collect_features(student, batches, plan.config.pooling)
+    features = collect_features({"": student}, batches, plan.config.pooling)[""]
     normalized = Features(head.norm(features.values.to(device())).cpu(), features.labels)
     # On rank 0 alone: L-BFGS would round differently on machines that differ.
     weight, bias = from_rank_0(lambda: fit_probe(normalized, plan.config.num_classes, plan.probe_l2))

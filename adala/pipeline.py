@@ -29,7 +29,7 @@ from adala.config import Recipe, recipe_to_yaml
 from adala.data import StreamState, TrainLoader
 from adala.distributed import device, from_rank_0, gather_objects, raise_together, rank, say
 from adala.engine import Engine
-from adala.evaluation import Evaluator, Score
+from adala.evaluation import Candidate, Evaluator
 from adala.export import WEIGHTS, load_classifier, load_student, read_description, save_student
 from adala.files import file_digest, remove_tree, write_whole
 from adala.lineage import START, Decision, decide, refuse_changed
@@ -271,31 +271,30 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     """
     teacher = build_teacher(plan.model.teacher)
     scorer = build_scorer(plan.data, plan.evaluation, teacher)
-    rows: list[ReportRow] = []
-
-    of_teacher = scorer.frozen(teacher)
-    is_scored = of_teacher.value is not None
+    numbers = [number for number in (1, 2, 3) if f"stage {number}" in identity]
+    candidates = {
+        "teacher": Candidate(teacher),
+        "linearized": Candidate(unaligned_student(plan.model, teacher).eval()),
+        **{f"stage {number}": _candidate(plan, plan.run.stage(number)) for number in numbers},
+    }
+    say(f"scoring {', '.join(candidates)}")
+    scores = scorer.scores(candidates)
+    is_scored = scores["teacher"].value is not None
     if not is_scored and scorer.probe_train is not None:
         say("all labels are the same: models are compared by their features alone")
-
-    def add(name: str, score: Score) -> None:
-        value = score.value if is_scored else None
-        rows.append(ReportRow(name, value, score.metrics["feature_cosine"]))
-        said = "-" if value is None else f"{value:.2f} %"
-        say(f"scored {name}: top-1 {said}, feature cosine {score.metrics['feature_cosine']:.4f}")
-
-    add("teacher", of_teacher)
-    add("linearized", scorer.frozen(unaligned_student(plan.model, teacher).eval()))
-    for number in (1, 2, 3):
-        if f"stage {number}" not in identity:
-            continue
-        folder = plan.run.stage(number).path
-        if plan.evaluation.probe_train is not None and read_description(folder).task is not None:
-            tuned = load_classifier(folder).to(device())
-            add(f"stage {number}", scorer.tuned(tuned.student, tuned.head, tuned.task))
-        else:
-            add(f"stage {number}", scorer.frozen(load_student(folder).to(device())))
+    rows = [
+        ReportRow(name, score.value if is_scored else None, score.metrics["feature_cosine"])
+        for name, score in scores.items()
+    ]
     unusable = sum(gather_objects(sum(scorer.held_out.bad_samples.values())))
     if unusable:
         say(f"{unusable} held-out samples could not be used, and are left out of all rows alike")
     return Report(rows, identity, unusable)
+
+
+def _candidate(plan: RunPlan, folder: StageFolder) -> Candidate:
+    """A stage's student with its head, where it has one and there are labels."""
+    if plan.evaluation.probe_train is None or read_description(folder.path).task is None:
+        return Candidate(load_student(folder.path).to(device()))
+    tuned = load_classifier(folder.path).to(device())
+    return Candidate(tuned.student, tuned.head, tuned.task)

@@ -63,13 +63,17 @@ class FeatureCollector:
 
 
 @torch.no_grad()
-def collect_features(model: VisionTransformer, batches: Iterable[Mapping[str, Any]], pooling: Pooling) -> Features:
-    """Pooled features and labels of every sample that the ranks' ``batches`` hold; the same on every rank.
+def collect_features(
+    models: Mapping[str, VisionTransformer], batches: Iterable[Mapping[str, Any]], pooling: Pooling
+) -> dict[str, Features]:
+    """Pooled features and labels of every sample that the ranks' ``batches`` hold, by model; the same on every rank.
 
     Raises:
         ValueError: A batch without labels.
     """
-    collector = FeatureCollector(model, pooling)
+    collectors = {name: FeatureCollector(model, pooling) for name, model in models.items()}
     for batch in batches:
-        collector.update({"features": model(batch["image"].to(device()))}, batch)
-    return collector.gathered()
+        images = batch["image"].to(device())
+        for name, model in models.items():
+            collectors[name].update({"features": model(images)}, batch)
+    return {name: collector.gathered() for name, collector in collectors.items()}
