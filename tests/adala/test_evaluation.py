@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import on_ranks
 from tiny_teacher import build_tiny_teacher
 
 from adala.distributed import rank
-from adala.evaluation import Evaluator, FeatureCollector, Scorer, evaluate
+from adala.evaluation import Candidate, Evaluator, FeatureCollector, Scorer, evaluate, evaluate_all
 from adala.students import linearize
 from adala.tasks import Classification
 
@@ -62,7 +63,13 @@ def test_a_model_against_its_teacher(teacher, cut: list[int]) -> None:
     student = linearize(teacher, "linear").eval()
     found = evaluate(student, teacher, labelled_batches(cut))
     assert found == pytest.approx(evaluate(student, teacher, labelled_batches([6])), rel=1e-5)
-    assert set(found) == {"feature_cosine", "patch_cosine", "cls_cosine", "relative_error"}
+    (whole,) = labelled_batches([6])
+    ours, theirs = student(whole["image"]), teacher(whole["image"])
+    cosine = F.cosine_similarity(ours, theirs, dim=-1)
+    expected = {"feature_cosine": cosine, "patch_cosine": cosine[:, 1:], "cls_cosine": cosine[:, 0]}
+    expected = {name: values.mean().item() for name, values in expected.items()}
+    expected["relative_error"] = ((ours - theirs).norm() / theirs.norm()).item()
+    assert found == pytest.approx(expected, rel=1e-5)
     assert evaluate(teacher, teacher, labelled_batches(cut))["relative_error"] == 0.0
 
 
@@ -70,24 +77,44 @@ def test_scores_by_a_probe_and_by_a_head() -> None:
     teacher = build_tiny_teacher()
     student, task = linearize(teacher, "linear").eval(), Classification(3)
     scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
-    probed = scorer.frozen(student)
+    probed = scorer.score(Candidate(student))
     assert probed.value == pytest.approx(100.0) and probed.metrics["feature_cosine"] < 1
-    tuned = scorer.tuned(student, task.build_head(student).eval(), task)
-    assert tuned.value == tuned.metrics["top1"] and 0 <= tuned.value <= 100
-    assert Scorer(teacher, labelled_batches([6]), None, 1e-3).frozen(student).value is None
+    head = task.build_head(student)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
+    tuned = scorer.score(Candidate(student, head, task))
+    (whole,) = labelled_batches([6])
+    right = head(student(whole["image"])).argmax(-1) == whole["label"]
+    assert right.tolist().count(True) in range(1, 6), "a share that a mistake would change"
+    assert tuned.value == tuned.metrics["top1"] == pytest.approx(100 * right.float().mean().item())
+    assert Scorer(teacher, labelled_batches([6]), None, 1e-3).score(Candidate(student)).value is None
+
+
+def test_all_models_are_scored_in_one_pass_as_each_alone(teacher, monkeypatch) -> None:
+    student, task = linearize(teacher, "linear").eval(), Classification(3)
+    head = task.build_head(student)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
+    scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
+    candidates = {"t": Candidate(teacher), "s": Candidate(student), "tuned": Candidate(student, head, task)}
+    alone = {name: scorer.score(candidate) for name, candidate in candidates.items()}
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    assert scorer.scores(candidates) == alone
+    # Two held-out batches for all candidates together, and one that its own probe is fitted on.
+    assert len(calls) == 3
 
 
 def test_all_labels_alike_give_no_score(teacher) -> None:
     alike = [{**batch, "label": torch.zeros_like(batch["label"])} for batch in labelled_batches([6])]
     for held_out, train in ((alike, alike), (labelled_batches([6]), alike), (alike, labelled_batches([6]))):
-        assert Scorer(teacher, held_out, train, 1e-3).frozen(teacher).value is None
+        assert Scorer(teacher, held_out, train, 1e-3).score(Candidate(teacher)).value is None
 
 
 def score_unevenly(batches_of_ranks: list[list[dict]]) -> tuple[dict[str, float], int]:
     """As a rank of several, of which some have no batch: bad samples may have left it none."""
     teacher = build_tiny_teacher()
     collector = FeatureCollector(teacher, "cls")
-    metrics = evaluate(linearize(teacher, "linear").eval(), teacher, batches_of_ranks[rank()], collectors=[collector])
+    candidate = Candidate(linearize(teacher, "linear").eval(), collectors=[collector])
+    metrics = evaluate_all({"student": candidate}, teacher, batches_of_ranks[rank()])["student"]
     evaluator = Evaluator(teacher)
     for loss in range(2 * rank()):
         evaluator.update({"loss": torch.tensor(float(loss))}, {"id": ["x"]})

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
-from tiny_run import write_tiny_recipe, write_tiny_shards
+from tiny_run import read_tiny_val, write_tiny_recipe, write_tiny_shards
 from tiny_stage import plan_stage, run
 
 from adala import load_classifier, load_student
-from adala.build import build_monitor_loader, build_teacher, unaligned_student
+from adala.build import build_teacher, unaligned_student
 from adala.config import load_recipe
 from adala.metrics import read_metrics
 
@@ -37,12 +37,6 @@ def again(finished: Path, tmp_path: Path) -> Path:
     recipe = json.loads((finished / "recipe.yaml").read_text().replace(str(finished), str(tmp_path / "copy")))
     (tmp_path / "copy" / "recipe.yaml").write_text(json.dumps(recipe))
     return tmp_path / "copy"
-
-
-def held_out(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels."""
-    batches = list(build_monitor_loader(plan_stage(folder / "recipe.yaml", 3)))
-    return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches])
 
 
 def stage_of(folder: Path, number: int) -> Path:
@@ -71,7 +65,7 @@ def test_the_table_holds_what_the_exported_models_give(finished: Path) -> None:
     report = json.loads((finished / "runs" / "tiny-run" / "report.json").read_text())
     rows = {row["model"]: row for row in report["rows"]}
     assert list(rows) == NAMES and report["unusable_samples"] == 0
-    images, labels = held_out(finished)
+    images, labels = read_tiny_val(finished / "shards")
     plan = plan_stage(finished / "recipe.yaml", 3)
     teacher = build_teacher(plan.model.teacher)
     students = [teacher, unaligned_student(plan.model, teacher).eval()]

@@ -44,6 +44,23 @@ def test_a_student_equal_to_its_teacher_has_zero_stage_2_loss(teacher, images, l
     assert losses["relative_error"].item() == 0.0
 
 
+def test_stage_2_logs_how_close_the_features_are(teacher, images) -> None:
+    student = linearize(teacher, "linear")
+    losses = FeatureAlignment(student, teacher, "mse")({"image": images})
+    ours, theirs = student(images), teacher(images)
+    cosine = nn.functional.cosine_similarity(ours, theirs, dim=-1)
+    expected = {
+        "loss": (ours - theirs).square().mean(),
+        "feature_cosine": cosine.mean(),
+        "patch_cosine": cosine[:, 1:].mean(),
+        "cls_cosine": cosine[:, 0].mean(),
+        "relative_error": (ours - theirs).norm() / theirs.norm(),
+    }
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-5
+    )
+
+
 def stage_1_gradients(teacher, images, release: bool, factor: float) -> dict[str, torch.Tensor]:
     student = linearize(teacher, "linear", keep=[1])
     freeze_except(student, QKV_PATTERNS)
@@ -204,7 +221,9 @@ def test_calibration_measures_the_variance_of_every_target(teacher, images) -> N
     assert stage.target_variance["features"] == pytest.approx(teacher(images).var(correction=0).item(), rel=1e-5)
     stage = calibrated(AttentionAlignment(linearize(teacher, "linear", keep=[1]), teacher), images)
     assert list(stage.target_variance) == ["block00", "block02"]
-    assert stage({"image": images})["block00_loss"].item() > 0
+    plain = AttentionAlignment(stage.student, teacher, "mse")({"image": images})
+    expected = plain["block00_loss"].item() / stage.target_variance["block00"]
+    assert stage({"image": images})["block00_loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_target_without_variance_is_no_division_by_zero(teacher, images) -> None:

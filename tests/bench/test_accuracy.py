@@ -2,10 +2,13 @@
 
 import accuracy
 import pytest
+import torch.nn.functional as F
 from accuracy import conversion_names, divide_images, measure_accuracy
 from PIL import Image
-from tiny_run import write_tiny_recipe
+from tiny_run import read_tiny_val, write_tiny_recipe
+from tiny_teacher import build_tiny_teacher
 
+from adala import load_classifier
 from adala.config import load_recipe
 from adala.data import write_shards
 
@@ -62,7 +65,12 @@ def test_a_real_adaptation_and_one_that_fails(tmp_path, monkeypatch):
     assert (failed.conversion, done.conversion) == ("adala", "native")
     assert "stage1.steps" in failed.error and failed.error.startswith("stage 1: error:") and failed.top1 is None
     assert done.error is None and done.steps == {"3": 3} and done.images_seen == 24
-    assert 0 <= done.top1 <= 100 and -1 <= done.feature_cosine <= 1 and done.aligned_top1 is None
+    tuned = load_classifier(tmp_path / "runs" / "cosformer-native" / "stage3")
+    pixels, labels = read_tiny_val(tmp_path / "shards")
+    right = tuned(pixels).argmax(-1) == labels
+    assert done.top1 == pytest.approx(100 * right.float().mean().item()) and done.aligned_top1 is None
+    cosine = F.cosine_similarity(tuned.student(pixels), build_tiny_teacher()(pixels), dim=-1).mean().item()
+    assert done.feature_cosine == pytest.approx(cosine, abs=1e-5) and done.teacher_top1 == 100.0
     assert done.kept == done.top1 / done.teacher_top1
     config = (tmp_path / "runs" / "cosformer-native" / "stage3" / "config.yaml").read_text()
     assert "seed: 3" in config and "steps: 3" in config
