@@ -111,12 +111,12 @@ def _check_alone() -> None:
     """Refuses to be one of several processes that do not know of each other.
 
     Raises:
-        ValueError: Something says that there are several.
+        SharedError: Something says that there are several.
     """
     for variable in (*STARTED_BY, "WORLD_SIZE"):
         count = os.environ.get(variable, "")
         if count.isdecimal() and int(count) > 1:
-            raise ValueError(
+            raise SharedError(
                 f"{count} processes were started ({variable}), and none was told its rank (RANK), so that each would "
                 "train the whole run: start one process a machine that starts the ranks, deepspeed or torchrun "
                 "(under Slurm: sbatch launchers/slurm/stage1.sbatch)"
@@ -201,7 +201,7 @@ def _is_old_and_ours(path: Path) -> bool:
 
 def _memory_map(process: Path) -> str:
     try:
-        return (process / "maps").read_text()
+        return (process / "maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         # Ended meanwhile, or another user's, which cannot map this user's buffers.
         return ""

@@ -195,7 +195,7 @@ def run_alone(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def test_a_run_in_a_folder_that_the_locale_cannot_print(tmp_path: Path) -> None:
-    """A sentence about it, then a stage that trains, with its name in what it says."""
+    """A sentence about it, then a whole run, with its name in what it says and in its report."""
     folder = tmp_path / "größe"
     folder.mkdir()
     recipe = write_tiny_recipe(folder)
@@ -203,9 +203,10 @@ def test_a_run_in_a_folder_that_the_locale_cannot_print(tmp_path: Path) -> None:
     assert done.returncode == 1
     (said,) = [line for line in done.stderr.splitlines() if line.startswith(b"error: ")]
     assert b"does not exist" in said and b"Traceback" not in done.stderr
-    done = run_alone("--recipe", str(recipe), "--stage", "1", **C_LOCALE)
+    done = run_alone("--recipe", str(recipe), **C_LOCALE)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert (folder / "runs" / "tiny-run" / "stage1" / "finished.json").is_file()
+    assert b"feature cosine" in done.stdout
+    assert (folder / "runs" / "tiny-run" / "report.png").is_file()
 
 
 def test_ctrl_c_while_it_trains(tmp_path: Path) -> None:
