@@ -513,7 +513,11 @@ def _recipe_argument(arguments: Sequence[str]) -> str:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML in which a key stands once, ``1e-3`` is a number, and a date is text."""
+    """YAML in which a key stands once, ``1e-3`` is a number, a date is text, and text names files as UTF-8."""
+
+    def construct_name(self, node: yaml.ScalarNode) -> str:
+        # As the command line's arguments come: under a locale that cannot write it, the file is found nevertheless.
+        return os.fsdecode(self.construct_scalar(node).encode(errors="surrogateescape"))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Hashable] = set()
@@ -525,6 +529,7 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_RecipeLoader.add_constructor("tag:yaml.org,2002:str", _RecipeLoader.construct_name)
 _RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -132,7 +132,7 @@ def _check_keys(values: Any) -> None:
     for key in values:
         if key not in SECTIONS + OTHER_KEYS:
             raise ValueError(f"{key} is not a key that it can have: {', '.join(SECTIONS + OTHER_KEYS)}")
-    for key in SECTIONS:
+    for key in (*SECTIONS, "aio", "comms_logger", "flops_profiler"):
         if not isinstance(values.get(key, {}), dict):
             raise ValueError(f"{key} must be an object, not {json.dumps(values[key])}")
     for key in _automatic(values):

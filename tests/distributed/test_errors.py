@@ -54,8 +54,9 @@ def test_a_checkpoint_for_another_architecture(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     recipe = write_tiny_recipe(tmp_path)
-    # A rate that overflows float32 within the first updates; clipping off, so that nothing holds it back.
-    arguments = ["--stage2.lr", "1e30", "--stage2.gradient_clipping", "0", "--stage2.save_every", "1"]
+    # A decay that multiplies the weights by -999 in each update, until their products overflow float32.
+    overflowing = ["--stage2.lr", "10", "--stage2.weight_decay", "100", "--stage2.steps", "20"]
+    arguments = [*overflowing, "--stage2.save_every", "1"]
     fails_with("not finite", "--recipe", str(recipe), "--stage", "2", *arguments)
     checkpoints = sorted((tmp_path / "runs" / "tiny-run" / "stage2" / "checkpoints").glob("step-*"))
     assert checkpoints and all((path / "COMPLETE").is_file() for path in checkpoints)
@@ -77,3 +78,29 @@ def test_a_checkpoint_of_another_number_of_ranks(tmp_path: Path) -> None:
     (tmp_path / "runs" / "tiny-run" / "stage1" / "finished.json").unlink()
     fails_with("was written with world_size 1, this run has 2: start as many ranks", "--recipe", recipe, "--stage", "1")
     fails_with("was begun with seed 0, this run has 5: set it back", "--recipe", recipe, "--stage", "1", "--seed", "5")
+
+
+FAULTY = """
+import os
+from adala.attention.linear import LinearMixer
+
+class FaultyMixer(LinearMixer):
+    def forward(self, *arguments, **options):
+        if os.environ["RANK"] == "1":
+            {}["of a kind that nobody thought of"]
+        return super().forward(*arguments, **options)
+"""
+
+
+def test_a_bug_on_one_rank_is_said_once_and_keeps_its_traceback(tmp_path: Path, monkeypatch) -> None:
+    """In a mechanism of somebody's package, which is found as any other is."""
+    (tmp_path / "faulty-1.dist-info").mkdir()
+    (tmp_path / "faulty-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
+    entry = "[adala.mechanisms]\nfaulty = faulty:FaultyMixer\n"
+    (tmp_path / "faulty-1.dist-info" / "entry_points.txt").write_text(entry)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = write_tiny_recipe(tmp_path, mechanism="faulty")
+    fails_with("this is a bug of the program, not your mistake: KeyError: ", "--recipe", str(recipe), "--stage", "1")
+    (kept,) = (tmp_path / "runs" / "tiny-run").glob("error-rank*.txt")
+    assert kept.name == "error-rank1.txt" and "Traceback (most recent call last)" in kept.read_text()

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch import PROJECT, launch, run_until_step, train
+from launch import PROJECT, environment, launch, run_until_step, train
 from PIL import Image
 from tiny_run import write_tiny_recipe, write_tiny_shards
 
@@ -17,15 +16,15 @@ from adala.checkpoint import complete_checkpoints
 from adala.data import write_shards
 from adala.metrics import read_metrics
 
-OVERFLOWING = ["--stage2.lr", "1e30", "--stage2.gradient_clipping", "0"]
+# A decay that multiplies the weights by -999 in each update, until their products overflow float32.
+OVERFLOWING = ["--stage2.lr", "10", "--stage2.weight_decay", "100", "--stage2.steps", "20"]
 
 
 def train_alone(recipe: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
     """The training command without a launcher: one rank, in less time."""
     command = [sys.executable, str(PROJECT / "launchers" / "train.py"), "--recipe", str(recipe), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        command, cwd=PROJECT, env=environment, timeout=300, text=True, stdout=subprocess.PIPE,
+        command, cwd=PROJECT, env=environment(), timeout=300, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, check=False, **options,
     )  # fmt: skip
 
