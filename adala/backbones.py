@@ -1,6 +1,7 @@
 """Pretrained timm ViTs as frozen softmax teachers that return the features of all tokens."""
 
 import difflib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,12 +33,10 @@ SET_ELSEWHERE = {
     "num_classes": "a backbone has no classifier; classes are set by stage3.num_classes",
     "features_only": "a backbone always gives the features of all tokens",
 }
-# Arguments of timm's factory, not of its models.
-FACTORY_ARGUMENTS = (
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir",
-    "scriptable", "exportable", "no_jit", "use_naflex", "out_indices", "feature_cls", "pruned", "device", "dtype",
-    "model_name",
-)  # fmt: skip
+# What else timm's constructor takes; not its factory's arguments, which go past it.
+CONSTRUCTOR_ARGUMENTS = [
+    name for name in inspect.signature(VisionTransformer).parameters if name not in (*SET_ELSEWHERE, "device", "dtype")
+]
 CONFIG = "config.json"
 # As timm writes them, and the older form.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -210,10 +209,21 @@ def _check_arguments(model_args: Mapping[str, Any]) -> None:
     for key, value in model_args.items():
         if key in SET_ELSEWHERE:
             raise ValueError(f"model_args.{key} cannot be set: {SET_ELSEWHERE[key]}")
-        if key in FACTORY_ARGUMENTS:
-            raise ValueError(f"model_args.{key} is no argument of a timm ViT: leave it out")
+        if key not in CONSTRUCTOR_ARGUMENTS:
+            near = difflib.get_close_matches(str(key), CONSTRUCTOR_ARGUMENTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(CONSTRUCTOR_ARGUMENTS)}"
+            raise ValueError(f"model_args.{key} is no argument of timm's VisionTransformer: {hint}")
+        if value is None:  # timm takes its own
+            continue
         if key == "in_chans" and value != 3:
             raise ValueError(f"model_args.in_chans is {value!r}: images are read as RGB, so it can only be 3")
+        sizes = value if key == "patch_size" and isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if key in ("embed_dim", "depth", "num_heads", "patch_size") and not all(
+            type(n) is int and n > 0 for n in sizes
+        ):
+            raise ValueError(f"model_args.{key} is {value!r}: it must be a whole number of at least 1")
+        if key.endswith("_rate") and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise ValueError(f"model_args.{key} is {value!r}: it must be a number of at least 0 and below 1")
 
 
 def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = False) -> VisionTransformer:
@@ -224,8 +234,6 @@ def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = Fals
         if pretrained:
             raise
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown and unknown[1] in named.model_args:
-            raise ValueError(f"model_args.{unknown[1]} is no argument of timm's {named.architecture}") from error
         if unknown:
             raise ValueError(f"{named.architecture} is not a plain timm ViT: it takes no {unknown[1]}") from error
         asked = ", ".join(
