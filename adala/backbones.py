@@ -149,7 +149,7 @@ def _from_hub(identifier: str, names: Sequence[str]) -> Path:
         except EntryNotFoundError:
             continue
         except Exception as error:  # of several HTTP libraries, without a base of their own
-            reason = _first_line(error)
+            reason = _in_one_line(error)
             raise ValueError(f"hf-hub:{identifier} could not be fetched ({reason}): {BRING_A_FILE}") from error
     raise ValueError(f"hf-hub:{identifier} has no {' or '.join(names)}: {BRING_A_FILE}")
 
@@ -161,8 +161,8 @@ def _unreachable(name: str) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def build_backbone(
@@ -239,7 +239,7 @@ def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = Fals
         asked = ", ".join(
             f"{key}={value!r}" for key, value in {"img_size": own["img_size"], **named.model_args}.items()
         )
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {_in_one_line(error)}"
         raise ValueError(f"timm cannot build {named.architecture} with {asked} in model_args ({reason})") from error
     try:
         check_supported(model)
@@ -258,10 +258,9 @@ def _build_pretrained(named: NamedModel, image_size: Sequence[int]) -> VisionTra
     except Exception as error:  # of several HTTP libraries and file formats, without a base of their own
         if "No pretrained weights exist" in str(error):
             raise ValueError(f"timm has no pretrained weights of {named.architecture}: {BRING_A_FILE}") from error
-        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the pretrained weights of {named.architecture} could not be had, or do not fit model_args ({reason}): "
-            f"{BRING_A_FILE}"
+            f"the pretrained weights of {named.architecture} could not be had, or do not fit model_args "
+            f"({_in_one_line(error)}): {BRING_A_FILE}"
         ) from error
 
 
@@ -287,7 +286,7 @@ def read_checkpoint(model: VisionTransformer, path: str | Path) -> dict[str, Ten
     try:
         state = checkpoint_filter_fn(tensors, model)
     except (KeyError, RuntimeError, IndexError, AttributeError, ValueError, AssertionError) as error:
-        raise ValueError(f"checkpoint {path} could not be read as a ViT's weights: {_first_line(error)}") from error
+        raise ValueError(f"checkpoint {path} could not be read as a ViT's weights: {_in_one_line(error)}") from error
     if "norm.weight" not in state:
         # As in build_backbone: the final norm of a model that pools before it.
         state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in state.items()}
