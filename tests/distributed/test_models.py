@@ -31,11 +31,11 @@ def test_damaged_weights_end_every_rank_before_the_run_begins(tmp_path: Path, da
 
 
 def test_a_label_beyond_the_classes_ends_every_rank_before_a_head_is_fitted(tmp_path: Path) -> None:
-    """The first samples, which the plan looks at, have labels that fit; one in the middle has not."""
+    """The first samples, which the plan looks at, have labels that fit; one near the end has not."""
     recipe = write_tiny_recipe(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8)
-    samples = [{"png": Image.fromarray(image), "cls": 7 if index == 30 else 0} for index, image in enumerate(pixels)]
-    write_shards(samples, tmp_path / "late", "train", samples_per_shard=40)
+    pixels = np.random.default_rng(0).integers(0, 255, (600, 16, 16, 3), dtype=np.uint8)
+    samples = [{"png": Image.fromarray(image), "cls": 7 if index == 550 else 0} for index, image in enumerate(pixels)]
+    write_shards(samples, tmp_path / "late", "train", samples_per_shard=600)
     sources = json.dumps([str(tmp_path / "late" / "train-*.tar")])
     done = train("--recipe", str(recipe), "--stage", "3", f"--data.train={sources}", "--stage3.head_init", "probe")
     assert done.returncode != 0
