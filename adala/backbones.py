@@ -1,6 +1,7 @@
 """Pretrained timm ViTs as frozen softmax teachers that return the features of all tokens."""
 
 import difflib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,12 +33,10 @@ SET_ELSEWHERE = {
     "num_classes": "a backbone has no classifier; classes are set by stage3.num_classes",
     "features_only": "a backbone always gives the features of all tokens",
 }
-# Arguments of timm's factory, not of its models.
-FACTORY_ARGUMENTS = (
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir",
-    "scriptable", "exportable", "no_jit", "use_naflex", "out_indices", "feature_cls", "pruned", "device", "dtype",
-    "model_name",
-)  # fmt: skip
+# What else timm's constructor takes; not its factory's arguments, which go past it.
+CONSTRUCTOR_ARGUMENTS = [
+    name for name in inspect.signature(VisionTransformer).parameters if name not in (*SET_ELSEWHERE, "device", "dtype")
+]
 CONFIG = "config.json"
 # As timm writes them, and the older form.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -150,7 +149,7 @@ def _from_hub(identifier: str, names: Sequence[str]) -> Path:
         except EntryNotFoundError:
             continue
         except Exception as error:  # of several HTTP libraries, without a base of their own
-            reason = _first_line(error)
+            reason = _in_one_line(error)
             raise ValueError(f"hf-hub:{identifier} could not be fetched ({reason}): {BRING_A_FILE}") from error
     raise ValueError(f"hf-hub:{identifier} has no {' or '.join(names)}: {BRING_A_FILE}")
 
@@ -162,8 +161,8 @@ def _unreachable(name: str) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def build_backbone(
@@ -210,10 +209,21 @@ def _check_arguments(model_args: Mapping[str, Any]) -> None:
     for key, value in model_args.items():
         if key in SET_ELSEWHERE:
             raise ValueError(f"model_args.{key} cannot be set: {SET_ELSEWHERE[key]}")
-        if key in FACTORY_ARGUMENTS:
-            raise ValueError(f"model_args.{key} is no argument of a timm ViT: leave it out")
+        if key not in CONSTRUCTOR_ARGUMENTS:
+            near = difflib.get_close_matches(str(key), CONSTRUCTOR_ARGUMENTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(CONSTRUCTOR_ARGUMENTS)}"
+            raise ValueError(f"model_args.{key} is no argument of timm's VisionTransformer: {hint}")
+        if value is None:  # timm takes its own
+            continue
         if key == "in_chans" and value != 3:
             raise ValueError(f"model_args.in_chans is {value!r}: images are read as RGB, so it can only be 3")
+        sizes = value if key == "patch_size" and isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if key in ("embed_dim", "depth", "num_heads", "patch_size") and not all(
+            type(n) is int and n > 0 for n in sizes
+        ):
+            raise ValueError(f"model_args.{key} is {value!r}: it must be a whole number of at least 1")
+        if key.endswith("_rate") and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise ValueError(f"model_args.{key} is {value!r}: it must be a number of at least 0 and below 1")
 
 
 def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = False) -> VisionTransformer:
@@ -224,14 +234,12 @@ def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = Fals
         if pretrained:
             raise
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown and unknown[1] in named.model_args:
-            raise ValueError(f"model_args.{unknown[1]} is no argument of timm's {named.architecture}") from error
         if unknown:
             raise ValueError(f"{named.architecture} is not a plain timm ViT: it takes no {unknown[1]}") from error
         asked = ", ".join(
             f"{key}={value!r}" for key, value in {"img_size": own["img_size"], **named.model_args}.items()
         )
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {_in_one_line(error)}"
         raise ValueError(f"timm cannot build {named.architecture} with {asked} in model_args ({reason})") from error
     try:
         check_supported(model)
@@ -250,10 +258,9 @@ def _build_pretrained(named: NamedModel, image_size: Sequence[int]) -> VisionTra
     except Exception as error:  # of several HTTP libraries and file formats, without a base of their own
         if "No pretrained weights exist" in str(error):
             raise ValueError(f"timm has no pretrained weights of {named.architecture}: {BRING_A_FILE}") from error
-        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the pretrained weights of {named.architecture} could not be had, or do not fit model_args ({reason}): "
-            f"{BRING_A_FILE}"
+            f"the pretrained weights of {named.architecture} could not be had, or do not fit model_args "
+            f"({_in_one_line(error)}): {BRING_A_FILE}"
         ) from error
 
 
@@ -279,7 +286,7 @@ def read_checkpoint(model: VisionTransformer, path: str | Path) -> dict[str, Ten
     try:
         state = checkpoint_filter_fn(tensors, model)
     except (KeyError, RuntimeError, IndexError, AttributeError, ValueError, AssertionError) as error:
-        raise ValueError(f"checkpoint {path} could not be read as a ViT's weights: {_first_line(error)}") from error
+        raise ValueError(f"checkpoint {path} could not be read as a ViT's weights: {_in_one_line(error)}") from error
     if "norm.weight" not in state:
         # As in build_backbone: the final norm of a model that pools before it.
         state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in state.items()}
