@@ -285,12 +285,22 @@ def build_index(folder: str | Path) -> Path:
         ValueError: The folder holds no tar file, a damaged one, or mostly samples that cannot be used.
     """
     folder = Path(local_path(str(folder)))
+    return write_index(folder, [shard for shard, _ in count_shards(folder)])
+
+
+def count_shards(folder: Path) -> list[tuple[Shard, Census]]:
+    """The shards in a local folder and what each holds.
+
+    Raises:
+        ValueError: See :func:`build_index`.
+    """
     paths = sorted(path for path in folder.iterdir() if is_shard(path.name)) if folder.is_dir() else []
     if not paths:
         raise ValueError(f"{folder} holds no *.tar: name the folder in which the shards lie")
-    censuses = {path: count_samples(path) for path in paths}
-    refuse_unusable(sum(censuses.values(), Census()), str(folder))
-    return write_index(folder, [Shard(str(path), c.samples, path.stat().st_size) for path, c in censuses.items()])
+    censuses = [count_samples(path) for path in paths]
+    refuse_unusable(sum(censuses, Census()), str(folder))
+    shards = [Shard(str(path), of.samples, path.stat().st_size) for path, of in zip(paths, censuses, strict=True)]
+    return list(zip(shards, censuses, strict=True))
 
 
 def refuse_unusable(census: Census, where: str) -> None:
@@ -339,12 +349,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit code is 1 after a mistake, which is one sentence."""
     parser = argparse.ArgumentParser(prog="python -m adala.data.index", description="Write a shard folder's index.")
     parser.add_argument("folder", help="folder of *.tar shards")
+    folder = Path(local_path(parser.parse_args(arguments).folder))
     try:
-        path = build_index(parser.parse_args(arguments).folder)
+        counted = count_shards(folder)
+        path = write_index(folder, [shard for shard, _ in counted])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {path}")
+    census = sum((of for _, of in counted), Census())
+    print(f"wrote {path}: {len(counted)} shards, {census.samples} samples")
+    if census.without_image:
+        print(f"{census.without_image} samples have no image, and will be left out ({census.example})", file=sys.stderr)
     return 0
 
 
