@@ -11,6 +11,7 @@ import pytest
 from launch import PROJECT, environment, launch, run_until_step, train
 from PIL import Image
 from tiny_run import write_tiny_recipe, write_tiny_shards
+from warm import run_until_step, train
 
 from adala.checkpoint import complete_checkpoints
 from adala.data import write_shards
@@ -20,13 +21,9 @@ from adala.metrics import read_metrics
 OVERFLOWING = ["--stage2.lr", "10", "--stage2.weight_decay", "100", "--stage2.steps", "20"]
 
 
-def train_alone(recipe: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """The training command without a launcher: one rank, in less time."""
-    command = [sys.executable, str(PROJECT / "launchers" / "train.py"), "--recipe", str(recipe), *arguments]
-    return subprocess.run(
-        command, cwd=PROJECT, env=environment(), timeout=300, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, check=False, **options,
-    )  # fmt: skip
+def train_alone(recipe: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The training command on one rank."""
+    return train("--recipe", str(recipe), *arguments, ranks=1)
 
 
 def succeeds(done: subprocess.CompletedProcess) -> str:
@@ -168,14 +165,8 @@ def test_what_cannot_be_written_is_a_sentence_and_leaves_the_last_checkpoint(tmp
     """A limit on the size of files in place of a full disk: writes fail in the middle, on both ranks or on one."""
     recipe = write_tiny_recipe(tmp_path)
     arguments = ["--stage", "2", "--stage2.save_every", "2"]
-    limit = 150_000  # above the student's weights, below DeepSpeed's files
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    refused(
-        train("--recipe", str(recipe), *arguments, timeout_s=120, preexec_fn=limited), "could not write the checkpoint"
-    )
+    # Above the student's weights, below DeepSpeed's files.
+    refused(train("--recipe", str(recipe), *arguments, largest_file=150_000), "could not write the checkpoint")
     checkpoints = tmp_path / "runs" / "tiny-run" / "stage2" / "checkpoints"
     assert list(checkpoints.iterdir()) == []
     succeeds(train("--recipe", str(recipe), *arguments))
