@@ -76,7 +76,9 @@ def _is_path(value: Any) -> bool:
 def _is_folder_name(value: Any) -> bool:
     if not _is_text(value) or value in (".", "..", EMBEDDED_FOLDER) or value != value.strip():
         return False
-    return "/" not in value and value.isprintable() and len(value.encode(errors="replace")) <= 200
+    # What the locale cannot print comes as a lone surrogate, and is a name nevertheless.
+    printable = all(letter.isprintable() or "\udc80" <= letter <= "\udcff" for letter in value)
+    return "/" not in value and printable and len(value.encode(errors="surrogatepass")) <= 200
 
 
 def _are_texts(value: Any) -> bool:
@@ -574,10 +576,10 @@ def _check_section(name: str, values: dict) -> None:
 def _explained(error: Exception) -> str:
     """A parser's error in one sentence, which says what the key's value must be."""
     text = " ".join(str(error).split())
-    refused = re.fullmatch(r'Parser key "([\w.]+)": .*?(?:Got value|Given value): (.*)', text)
+    refused = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got value|Given value): ?(.*)', text)
     field = _field_of(refused[1]) if refused else None
     if field is not None:
-        return f"{refused[1]} is {refused[2]}: it must be {_rule(field).words}"
+        return f"{refused[1]} is {refused[2] or 'empty'}: it must be {_rule(field).words}"
     if re.match(r"unrecognized arguments: (?!-)", text):
         return f"{text}; several values are one list ('[a, b]'), and a pattern like 'train-*.tar' needs quotes"
     return text

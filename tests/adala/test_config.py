@@ -36,6 +36,7 @@ def test_a_recipe_written_out_reads_back_the_same(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_to_yaml(recipe))
     assert recipe.mechanism_options == {"num_features": 8}
+    assert load_recipe("tiny", ["--mechanism_options.eps", "1e-6"]).mechanism_options == {"eps": 1e-6}
     assert load_recipe(str(path)) == recipe
 
 
@@ -51,6 +52,11 @@ def test_a_recipe_written_out_reads_back_the_same(tmp_path) -> None:
         (["--recip", "tiny"], "unrecognized arguments: --recip tiny"),
         (["--data.train", "train-0.tar", "train-1.tar"], "unrecognized arguments: train-1.tar; .*needs quotes"),
         (["--stage1", "null"], '"stage1".*null'),
+        (["--stage1.lr", ""], "stage1.lr is empty: it must be a number above 0"),
+        (
+            ["--stage1.micro_batch_size", "fast"],
+            "stage1.micro_batch_size is fast: it must be a whole number, 1 or more$",
+        ),
     ],
 )
 def test_command_line_errors_name_the_key(arguments: list[str], message: str) -> None:
