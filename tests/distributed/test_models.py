@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import train
 from PIL import Image
 from tiny_run import write_tiny_recipe
+from warm import train
 
 from adala.data import write_shards
 
