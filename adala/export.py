@@ -150,8 +150,11 @@ def load_student(folder: str | Path) -> LinearizedVisionTransformer:
         ValueError: No student there, an unknown mechanism, or weights that do not fit the description.
     """
     description = read_description(folder)
-    backbone = build_backbone(description.backbone, description.image_size, description.model_args)
-    student = linearize(backbone, description.mechanism, description.keep, description.mechanism_options)
+    try:
+        backbone = build_backbone(description.backbone, description.image_size, description.model_args)
+        student = linearize(backbone, description.mechanism, description.keep, description.mechanism_options)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder).expanduser() / DESCRIPTION}: {error}") from error
     _load_tensors(student, Path(folder).expanduser() / WEIGHTS)
     return student.eval()
 
@@ -178,7 +181,11 @@ def load_classifier(folder: str | Path) -> TaskModel:
     description = read_description(folder)
     if description.task is None:
         raise ValueError(f"{folder} holds a student without a head: use load_student, or fine-tune it (--stage 3)")
-    task, student = read_task(description.task), load_student(folder)
+    try:
+        task = read_task(description.task)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder).expanduser() / DESCRIPTION}: {error}") from error
+    student = load_student(folder)
     head = task.build_head(student)
     _load_tensors(head, Path(folder).expanduser() / HEAD_WEIGHTS)
     return TaskModel(student, head, task).eval()

@@ -130,6 +130,26 @@ def test_a_description_of_another_kind_is_refused(exported: Path, change: dict, 
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "vit_tini_patch16_224"}, "timm knows no model"),
+        ({"model_args": {"depth": -1}}, "model_args.depth is -1"),
+        ({"image_size": [18, 16]}, "image size 18 x 16 is not divisible"),
+        ({"mechanism": "quadratic"}, "unknown mechanism 'quadratic'"),
+        ({"mechanism_options": {"colour": 1}}, "no option 'colour'"),
+        ({"keep": [9]}, "keep="),
+        ({"task": {"name": "detection"}}, "unknown task 'detection'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_a_description_cannot_mean_is_said_with_its_file(exported: Path, change: dict, message: str) -> None:
+    path = exported / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        load_classifier(exported)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"[1, 2]", "it holds a list"),

@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
 from torch import nn
 
-from adala.backbones import load_teacher
+from adala.backbones import load_teacher, read_checkpoint
 
 STATE = dict(build_tiny_teacher().state_dict())
 KEY = "blocks.1.mlp.fc1.weight"
@@ -151,7 +151,8 @@ def test_safetensors_are_read_under_another_ending(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precisions_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     save_file({key: value.to(dtype) for key, value in STATE.items()}, tmp_path / "w.safetensors")
-    found = load(tmp_path / "w.safetensors").state_dict()
+    found = read_checkpoint(build_tiny_teacher(), tmp_path / "w.safetensors")
+    assert {value.dtype for value in found.values()} == {torch.float32}
     assert all(torch.equal(found[key], value.to(dtype).float()) for key, value in STATE.items())
 
 
