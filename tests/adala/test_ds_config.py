@@ -12,13 +12,35 @@ from adala.engine import check_ds_config
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
-def test_those_that_come_along_are_right_by_name_and_by_path(path: Path) -> None:
-    for name in (path.stem, str(path)):
-        config = load_ds_config(name)
+PRECISIONS = {
+    "": (torch.float32, None, "float32"),
+    "_bf16": (torch.bfloat16, None, "bfloat16"),
+    "_autocast": (torch.float32, torch.bfloat16, "autocast to bfloat16"),
+}
+NAMES = {f"zero{stage}{suffix}": (stage, suffix) for stage in (1, 2, 3) for suffix in PRECISIONS} | {"zero0": (0, "")}
+
+
+def test_all_of_them_are_in_the_table_above() -> None:
+    assert {path.stem for path in (PROJECT / "ds_configs").glob("*.json")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_means_what_its_name_says(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # found wherever the command is started
+    stage, suffix = NAMES[name]
+    for given in (name, str(PROJECT / "ds_configs" / f"{name}.json")):
+        config = load_ds_config(given)
         check_ds_config(config)
-        assert config.zero_stage == int(path.stem[4])
-        assert config.dtype == (torch.bfloat16 if path.stem.endswith("bf16") else torch.float32)
+        assert (config.name, config.zero_stage) == (given, stage)
+        assert (config.dtype, config.autocast_dtype, config.precision) == PRECISIONS[suffix]
+
+
+def test_an_own_file_may_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    config = load_ds_config(str(tmp_path / "mine.json"))
+    assert (config.zero_stage, config.precision) == (0, "float32")
+    (tmp_path / "mine.json").write_text('{"torch_autocast": {"enabled": true}}')
+    assert load_ds_config(str(tmp_path / "mine.json")).precision == "autocast to bfloat16"
 
 
 @pytest.mark.parametrize(

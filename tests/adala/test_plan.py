@@ -182,3 +182,17 @@ def test_a_ds_config_that_would_go_wrong_is_refused(tmp_path: Path, text: str, m
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_ds_config(str(path))
+
+
+def test_sets_and_batches_of_the_least_size_are_allowed(plan_of, tmp_path: Path) -> None:
+    write_shards([{"png": Image.new("RGB", (16, 16)), "cls": 0}], tmp_path / "one", "val", samples_per_shard=1)
+    (stage,) = plan_of("--data.val", json.dumps([str(tmp_path / "one" / "val-*.tar")]), stages=(3,)).stages
+    assert stage.held_out.num_samples == 1
+    for batch, micro, expected in ((1, None, (1, 1)), (8, 1, (1, 8)), (8, 4, (4, 2)), (40, None, (40, 1))):
+        overrides = [f"--stage3.global_batch_size={batch}", *([f"--stage3.micro_batch_size={micro}"] if micro else [])]
+        (stage,) = plan_of(*overrides, stages=(3,)).stages
+        assert (stage.micro_batch_size, stage.gradient_accumulation_steps) == expected
+    with pytest.raises(
+        ValueError, match="global_batch_size 8 does not divide into 1 ranks x micro-batches of 3: choose"
+    ):
+        plan_of("--stage3.micro_batch_size=3", stages=(3,))

@@ -26,6 +26,21 @@ def test_jsonl_and_tensorboard(tmp_path, capsys) -> None:
     assert "stage 1 train step 10/20  loss 0.5" in printed and "block00" not in printed
 
 
+def test_a_row_has_its_time_and_tensorboard_is_an_option(tmp_path, capsys, monkeypatch) -> None:
+    now = iter([100.0, 100.75, 163.25])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    writer = MetricWriter(tmp_path, "stage 1", 20, tensorboard=False)
+    writer.write("train", 1, {"loss": 0.123456})
+    writer.write("val", 20, {"loss": 12345678.0, "top1": 50.0})
+    writer.close()
+    assert [row["time_s"] for split in ("train", "val") for row in read_metrics(tmp_path, split)] == [0.75, 63.25]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert capsys.readouterr().out.splitlines() == [
+        "stage 1 train step 1/20  loss 0.1235  [1 s]",
+        "stage 1 val step 20/20  loss 1.235e+07  top1 50  [63 s]",
+    ]
+
+
 def test_steps_repeated_after_a_resume_count_once(tmp_path) -> None:
     for steps, loss in (((1, 2, 3), 1.0), ((3, 4), 2.0)):
         writer = MetricWriter(tmp_path, "stage 1", 4, tensorboard=False)

@@ -14,6 +14,7 @@ from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import linearize
 from adala.tasks import Classification
 
+ALIGNED = ("blocks.0.attn.", "blocks.2.attn.")
 ALL_LOSSES = ["mse", "normalized_mse", "head_output_mse_1000"]
 
 
@@ -171,6 +172,26 @@ def test_finetuning_learns_and_counts(teacher, images) -> None:
     outputs = stage.eval()(batch)
     assert outputs["prediction"].argmax(-1).tolist() == [0, 1, 2, 1] and outputs["target"].tolist() == [0, 1, 2, 1]
     assert torch.equal(outputs["teacher_features"], teacher(images)) and outputs["features"].shape == (4, 17, 32)
+
+
+def test_unless_it_is_frozen_the_backbone_trains_too(teacher, images) -> None:
+    stage = finetuning(teacher).train()
+    assert stage.student.training
+    stage({"image": images, "label": torch.tensor([0, 1, 2, 1])})["loss"].backward()
+    assert {name for name, p in stage.named_parameters() if p.grad is not None} == dict(stage.named_parameters()).keys()
+
+
+def test_stage_1_trains_nothing_outside_the_attention_that_it_aligns(teacher) -> None:
+    stage = AttentionAlignment(linearize(teacher, "linear", keep=[1]), teacher)
+    trains = {name for name, p in stage.student.named_parameters() if p.requires_grad}
+    assert trains == {name for name, _ in stage.student.named_parameters() if name.startswith(ALIGNED)}
+
+
+@pytest.mark.parametrize("block", [0, 1], ids=["linear", "kept"])
+def test_a_block_under_a_mask_is_refused(teacher, block: int) -> None:
+    student = linearize(teacher, "linear", keep=[1])
+    with pytest.raises(ValueError, match="masked or causal attention is not supported"):
+        student.blocks[block](torch.randn(2, 17, 32), is_causal=True)
 
 
 def test_a_frozen_backbone_trains_the_head_only(teacher, images) -> None:

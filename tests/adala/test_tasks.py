@@ -7,7 +7,7 @@ import torch
 from ranks import on_ranks
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from adala.tasks import Classification, describe_task, read_task
+from adala.tasks import Classification, Task, describe_task, read_task
 
 LABELS = torch.tensor([0, 0, 0, 2])
 # Right, right, wrong, right: three of four. Class by class it would be two thirds, none and all.
@@ -81,3 +81,16 @@ def test_the_head_is_built_as_the_task_says(teacher, pooling: str) -> None:
     head = Classification(num_classes=5, pooling=pooling).build_head(teacher)
     assert head.linear.out_features == 5 and head.linear.in_features == (64 if pooling == "cls_patch" else 32)
     assert (head.pooling, head.num_prefix_tokens, head.has_class_token) == (pooling, 1, True)
+
+
+def test_a_task_without_metrics_of_a_batch_logs_none_and_says_what_it_lacks(teacher) -> None:
+    task = Task()
+    assert task.batch_metrics(PREDICTION, LABELS) == {}
+    for call in (
+        lambda: task.build_head(teacher),
+        lambda: task.target({}, torch.device("cpu")),
+        lambda: task.loss(PREDICTION, LABELS, True),
+        task.build_metrics,
+    ):
+        with pytest.raises(NotImplementedError, match="Task does not implement"):
+            call()

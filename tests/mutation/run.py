@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 # Every child begins with these read, and reads only adala itself.
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pytest
 import timm  # noqa: F401
 import torch
@@ -29,7 +29,7 @@ import webdataset  # noqa: F401
 from mutants import PROJECT, draw
 from torch.utils import tensorboard  # noqa: F401
 
-TESTS = ("tests/adala", "tests/baselines/test_contract.py")
+TESTS = ("tests/adala", "tests/baselines/test_contract.py", "tests/baselines/test_mechanisms.py")
 # A test that takes longer starts processes or reads whole data sets; it would be run hundreds of times.
 LONGEST_TEST_S = 10.0
 
