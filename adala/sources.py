@@ -13,9 +13,9 @@ from adala.data.samples import DecodeError, RawSample, read_shard
 from adala.tasks import Task
 
 EMBEDDED = "embedded"
-# How many shards are looked into, spread over the data set, and how many samples of each.
+# How many samples are looked at, and in how many shards, spread over the data set.
+PEEKED_SAMPLES = 64
 PEEKED_SHARDS = 8
-PEEKED_SAMPLES = 16
 
 
 class Sources:
@@ -62,12 +62,12 @@ class Sources:
         refuse_unusable(census, ", ".join(sources))
 
     def first_samples(self, sources: Sequence[str]) -> list[RawSample]:
-        """The first samples of some shards, spread over the data set."""
-        key = tuple(sources)
+        """The first samples of some shards, spread over the data set: as many of each as make 64 together."""
+        key, index = tuple(sources), self.index(sources)
         if key not in self._peeked:
-            filled = [shard for shard in self.index(sources).shards if shard.samples]
+            filled = [shard for shard in index.shards if shard.samples]
             chosen = filled[:: -(-len(filled) // PEEKED_SHARDS) or 1]
-            counts = [min(PEEKED_SAMPLES, shard.samples) for shard in chosen]
+            counts = [min(-(-PEEKED_SAMPLES // len(chosen)), shard.samples) for shard in chosen]
             peeked = [islice(read_shard(shard, range(n)), n) for shard, n in zip(chosen, counts, strict=True)]
             self._peeked[key] = [raw for samples in peeked for raw in samples]
         return self._peeked[key]

@@ -1,18 +1,23 @@
-"""Users' mistakes through the launcher on two ranks: one sentence, a non-zero exit, no hang, nothing lost."""
+"""Users' mistakes on two ranks: one sentence, a non-zero exit of every rank, no hang, nothing lost."""
 
 import json
+import subprocess
 from pathlib import Path
 
+import launch
 import pytest
-from launch import train
 from safetensors.torch import save_file
 from tiny_run import write_tiny_recipe
 from tiny_teacher import build_tiny_teacher
+from warm import train
 
 
 def fails_with(sentence: str, *arguments: str) -> None:
-    """The command fails on both ranks within a minute, says ``sentence`` in one line, once, and shows no traceback."""
-    done = train(*arguments, timeout_s=90)
+    """The command fails on both ranks, says ``sentence`` in one line, once, and shows no traceback."""
+    says(sentence, train(*arguments))
+
+
+def says(sentence: str, done: subprocess.CompletedProcess) -> None:
     assert done.returncode != 0, done.stdout
     said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, done.stdout
@@ -38,6 +43,11 @@ def fails_with(sentence: str, *arguments: str) -> None:
 )
 def test_a_mistake_in_the_command(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     fails_with(sentence, "--recipe", str(write_tiny_recipe(tmp_path)), "--stage", "2", *arguments)
+
+
+def test_a_mistake_through_the_launcher(tmp_path: Path) -> None:
+    arguments = ["--recipe", str(write_tiny_recipe(tmp_path)), "--stage", "2", "--stage2.lrr", "1"]
+    says("unrecognized arguments: --stage2.lrr", launch.train(*arguments))
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:
@@ -101,6 +111,7 @@ def test_a_bug_on_one_rank_is_said_once_and_keeps_its_traceback(tmp_path: Path, 
     (tmp_path / "faulty.py").write_text(FAULTY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     recipe = write_tiny_recipe(tmp_path, mechanism="faulty")
-    fails_with("this is a bug of the program, not your mistake: KeyError: ", "--recipe", str(recipe), "--stage", "1")
+    done = launch.train("--recipe", str(recipe), "--stage", "1")
+    says("this is a bug of the program, not your mistake: KeyError: ", done)
     (kept,) = (tmp_path / "runs" / "tiny-run").glob("error-rank*.txt")
     assert kept.name == "error-rank1.txt" and "Traceback (most recent call last)" in kept.read_text()
