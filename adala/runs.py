@@ -202,7 +202,7 @@ class RunFolder:
 
 def _lock(path: Path) -> int:
     """An open descriptor that holds the lock; the system lets go of it when the process ends, however it ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         # Not flock: data workers would inherit it, and hold it a moment longer than a killed trainer.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
