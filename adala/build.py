@@ -21,8 +21,8 @@ from adala.data import (
     build_eval_transform,
     build_train_transform,
 )
-from adala.distributed import broadcast_object, device, rank, say, world_size
-from adala.engine import Engine
+from adala.distributed import device, from_rank_0, rank, say, world_size
+from adala.engine import Engine, check_ds_config
 from adala.evaluation import Features, Scorer, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
 from adala.files import file_digest
@@ -177,11 +177,10 @@ def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
     """
     batches = build_evaluation_loader(plan.data, plan.training, plan.config.head_init_samples, labelled=True)
     head, student = stage.head, stage.student.eval()
-    features = collect_features(student, batches, plan.config.pooling)
+    features = collect_features({"": student}, batches, plan.config.pooling)[""]
     normalized = Features(head.norm(features.values.to(device())).cpu(), features.labels)
     # On rank 0 alone: L-BFGS would round differently on machines that differ.
-    fitted = fit_probe(normalized, plan.config.num_classes, plan.probe_l2) if rank() == 0 else None
-    weight, bias = broadcast_object(fitted)
+    weight, bias = from_rank_0(lambda: fit_probe(normalized, plan.config.num_classes, plan.probe_l2))
     head.linear.load_state_dict({"weight": weight, "bias": bias})
     student.train()
 
@@ -266,6 +265,7 @@ def rehearse(plan: RunPlan) -> None:
         ValueError: Whatever a builder refuses, or a disk without room for the run's checkpoints and students.
     """
     model = plan.model
+    check_ds_config(model.precision)
     needed = 0
     for stage_plan in plan.stages:
         with torch.device("meta"):

@@ -2,12 +2,20 @@
 
     recipe = load_recipe("dinov2_large", ["--stage1.lr", "1e-3"])
 
-The string below each field is its documentation and what ``--help`` prints; units stand in it.
+The string below each field is its documentation and what ``--help`` prints; units stand in it. What its value may be
+stands in ``RULES``, and is checked as soon as a dataclass is made.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import functools
+import json
+import math
+import os
+import re
+import typing
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +24,194 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tiny"
+# Where the embedded data set is written below runs_dir.
+EMBEDDED_FOLDER = "embedded-fashion-mnist"
 # What a conversion may state about a stage in place of the recipe.
 CONVERSION_KEYS = tuple(f"stage{number}.{key}" for number in (1, 2, 3) for key in ("loss", "lr", "weight_decay"))
+# More samples or steps than anybody has; what is above it is a slip of the keyboard.
+LARGEST = 2**31 - 1
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherConfig:
+class Rule:
+    """What a value must be.
+
+    Attributes:
+        words: What ends the sentence "it must be ...".
+        holds: Whether a value, of whatever type, is that.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _whole(low: int, high: int = LARGEST) -> Rule:
+    words = f"a whole number, {low} or more" if high == LARGEST else f"a whole number from {low} to {high}"
+    return Rule(words, lambda value: type(value) is int and low <= value <= high)
+
+
+def _number(words: str, holds: Callable[[float], bool]) -> Rule:
+    return Rule(words, lambda value: type(value) in (int, float) and math.isfinite(value) and holds(value))
+
+
+def _numbers(words: str, count: int, rule: Rule) -> Rule:
+    return Rule(words, lambda value: _is_list(value) and len(value) == count and all(map(rule.holds, value)))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != "" and "\0" not in value
+
+
+def _is_path(value: Any) -> bool:
+    """A path, whose ``~`` or ``~user`` is somebody's home."""
+    return _is_text(value) and not os.path.expanduser(value).startswith("~")
+
+
+def _is_folder_name(value: Any) -> bool:
+    if not _is_text(value) or value in (".", "..", EMBEDDED_FOLDER) or value != value.strip():
+        return False
+    # What the locale cannot print comes as a lone surrogate, and is a name nevertheless.
+    printable = all(letter.isprintable() or "\udc80" <= letter <= "\udcff" for letter in value)
+    return "/" not in value and printable and len(value.encode(errors="surrogatepass")) <= 200
+
+
+def _are_texts(value: Any) -> bool:
+    return _is_list(value) and all(map(_is_text, value))
+
+
+def _is_json(value: Any) -> bool:
+    """A mapping that the record of a run can hold."""
+    try:
+        return isinstance(value, dict) and json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
+
+
+SHARDS = Rule(
+    "at least one shard: a pattern, a path or a URL, or a list of them",
+    lambda value: _are_texts(value) and len(value) > 0,
+)
+PATH = Rule("a path (one that begins with ~ needs a home folder of that name)", _is_path)
+RATE = _number("a number above 0, 10 at most", lambda value: 0 < value <= 10)
+
+# By the name of a field, which means the same in every section. Fields without a line here are checked by their type.
+RULES: dict[str, Rule] = {
+    "run_name": Rule(
+        "the name of one folder below runs_dir: printable characters without /, not . or .., not "
+        f"{EMBEDDED_FOLDER} (the embedded data lie there); say in runs_dir where runs lie",
+        _is_folder_name,
+    ),
+    "runs_dir": PATH,
+    "seed": _whole(0, 2**63 - 1),
+    "keep": Rule(
+        "a list of block numbers, counted from 0, each of them once",
+        lambda v: _is_list(v) and all(type(n) is int and 0 <= n <= LARGEST for n in v) and len(set(v)) == len(v),
+    ),
+    "over_conversion": Rule(
+        f"a list of keys among {', '.join(CONVERSION_KEYS)}", lambda v: _are_texts(v) and set(v) <= set(CONVERSION_KEYS)
+    ),
+    "ds_config": PATH,
+    "checkpoint": PATH,
+    "classes": PATH,
+    "train": SHARDS,
+    "val": SHARDS,
+    "train_data": SHARDS,
+    "probe_train": SHARDS,
+    "image_size": _numbers("[height, width] in pixels, two whole numbers from 1 to 16384", 2, _whole(1, 16384)),
+    "mean": _numbers(
+        "three numbers from 0 to 1, for red, green and blue (divide those of 0 to 255 by 255)",
+        3,
+        _number("", lambda value: 0 <= value <= 1),
+    ),
+    "std": _numbers(
+        "three numbers above 0, 1 at most, for red, green and blue (divide those of 0 to 255 by 255)",
+        3,
+        _number("", lambda value: 1e-6 <= value <= 1),
+    ),
+    "num_workers": _whole(0, 256),
+    "shuffle_buffer": _whole(0),
+    "steps": _whole(1),
+    "global_batch_size": _whole(1),
+    "micro_batch_size": _whole(1),
+    "lr": RATE,
+    "head_lr": RATE,
+    "min_lr": _number("a number from 0 to lr", lambda value: value >= 0),
+    "warmup_steps": _whole(0),
+    "weight_decay": _number("a number from 0 to 100", lambda value: 0 <= value <= 100),
+    "betas": _numbers("two numbers from 0 to below 1", 2, _number("", lambda value: 0 <= value < 1)),
+    "gradient_clipping": _number("a finite number, 0 (no clipping) or more", lambda value: value >= 0),
+    "start_from": PATH,
+    "log_every": _whole(1),
+    "save_every": _whole(0),
+    "evaluate_every": _whole(0),
+    "max_skipped_steps": _whole(1),
+    "freeze": Rule("a list of patterns of parameter names", _are_texts),
+    # With a single class the loss is 0 whatever the model says: nothing would train.
+    "num_classes": _whole(2),
+    "label_smoothing": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "head_init_samples": _whole(1),
+    "batch_size": _whole(1),
+    "monitor_samples": _whole(1),
+    "probe_samples": _whole(1),
+    "probe_l2": _number("a finite number, 0 or more", lambda value: value >= 0),
+}
+
+
+def _rule(field: dataclasses.Field) -> Rule:
+    """What a field must be: by its name, else by its type."""
+    if field.name in RULES:
+        return RULES[field.name]
+    if typing.get_origin(field.type) is Literal:
+        choices = typing.get_args(field.type)
+        return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
+    if field.type is bool:
+        return Rule("true or false", lambda value: isinstance(value, bool))
+    if field.type is str:
+        return Rule("a text that is not empty", _is_text)
+    if typing.get_origin(field.type) is dict:
+        return Rule("a mapping of finite numbers, texts, true, false, null, and lists and mappings of them", _is_json)
+    return Rule(f"a section with keys of its own ({field.type.__name__})", lambda value: isinstance(value, field.type))
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, as YAML has it, and not longer than a line."""
+    text = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A section whose values are checked as it is made, and whose lists of names may be given as a single one."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str) and list[str] in typing.get_args(field.type):
+                value = [value]
+                object.__setattr__(self, field.name, value)
+            if value is None and type(None) in typing.get_args(field.type):
+                continue
+            rule = _rule(field)
+            if not rule.holds(value):
+                raise ValueError(f"{field.name} is {_shown(value)}: it must be {rule.words}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(Checked):
     """The pretrained softmax ViT that is adapted."""
 
     name: str = "vit_tiny_patch16_224"
-    """timm model name; any plain ViT (DINOv2, CLIP, SigLIP, ImageNet)."""
+    """timm model name of a plain ViT (DINOv2, CLIP, SigLIP, ...), or ``local-dir:FOLDER``, or ``hf-hub:OWNER/NAME``."""
     pretrained: bool = False
     """Whether timm fetches the pretrained weights of that name."""
     checkpoint: str | None = None
@@ -38,13 +222,17 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Shards and preprocessing that the stages share."""
 
-    train: list[str] = dataclasses.field(default_factory=lambda: ["embedded:train"])
-    """Training shards: brace patterns, globs, paths or URLs beside an index.json; ``embedded:train`` is built in."""
-    val: list[str] = dataclasses.field(default_factory=lambda: ["embedded:val"])
+    train: list[str] | str = dataclasses.field(default_factory=lambda: ["embedded:train"])
+    """Training shards: brace patterns, globs, paths or URLs beside an index.json, one or a list of them;
+    ``embedded:train`` is built in."""
+    val: list[str] | str = dataclasses.field(default_factory=lambda: ["embedded:val"])
     """Held-out shards."""
+    classes: str | None = None
+    """File that lists the names of classes (.json or .txt), for labels that are names; null takes the ``classes.json``
+    or ``classes.txt`` beside the shards."""
     image_size: list[int] = dataclasses.field(default_factory=lambda: [28, 28])
     """Height and width in pixels that the model sees; the patch size must divide both."""
     mean: list[float] | None = None
@@ -58,7 +246,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Checked):
     """What the three stages have in common."""
 
     steps: int = 100
@@ -72,7 +260,7 @@ class StageConfig:
     min_lr: float = 0.0
     """Learning rate at the last step of the cosine."""
     warmup_steps: int = 10
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; where there are fewer steps than that, the rate stays below its peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape of the rate after warm-up."""
     weight_decay: float = 0.0
@@ -81,7 +269,7 @@ class StageConfig:
     """AdamW's decay rates."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 is no clipping."""
-    train_data: list[str] | None = None
+    train_data: list[str] | str | None = None
     """Training shards of this stage; null takes data.train."""
     augmentation: Literal["none", "crop", "shift", "strong"] = "crop"
     """Training augmentation."""
@@ -96,6 +284,11 @@ class StageConfig:
     """Steps between evaluations on data.val; 0 evaluates at the start and the end only."""
     max_skipped_steps: int = 5
     """Consecutive steps the optimizer may skip for overflow before the run stops."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}: it must be a number from 0 to lr, which is {self.lr}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +307,7 @@ class FeatureAlignmentConfig(StageConfig):
     """``mse`` as in the paper; ``normalized_mse`` is that over the target's variance."""
     trainable: Literal["all", "qkv"] = "all"
     """``qkv`` tunes the attention's Q, K, V only (the paper's ablation)."""
-    freeze: list[str] = dataclasses.field(default_factory=list)
+    freeze: list[str] | str = dataclasses.field(default_factory=list)
     """Student parameters that stay as they are, as patterns: ``["patch_embed.*"]``, say."""
 
 
@@ -139,14 +332,14 @@ class FinetuningConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """How models are scored; the same for teacher and students."""
 
     batch_size: int = 250
     """Samples per rank and forward pass."""
     monitor_samples: int = 1000
     """Held-out samples that a stage is evaluated on while it trains (the first ones, in shard order)."""
-    probe_train: list[str] | None = None
+    probe_train: list[str] | str | None = None
     """Labelled shards that the linear probe is fitted on; null takes data.train."""
     probe_samples: int = 4000
     """How many of them (the first ones, in shard order)."""
@@ -155,7 +348,7 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """One adaptation of one teacher by one mechanism."""
 
     run_name: str = "tiny"
@@ -172,7 +365,7 @@ class Recipe:
     """Blocks that keep their softmax attention (a hybrid), counted from 0."""
     conversion: Literal["adala", "native"] = "adala"
     """ViT-AdaLA's stages, or the conversion that the mechanism's own authors use."""
-    over_conversion: list[str] = dataclasses.field(default_factory=list)
+    over_conversion: list[str] | str = dataclasses.field(default_factory=list)
     """Keys (``stage1.lr``, say) whose value here goes before what a native conversion states; those given on the
     command line are added by themselves."""
     ds_config: str = "zero1"
@@ -196,18 +389,42 @@ class Recipe:
         """The configuration of stage 1, 2 or 3."""
         return (self.stage1, self.stage2, self.stage3)[number - 1]
 
+    def with_stage(self, number: int, **changes: Any) -> "Recipe":
+        """This recipe with other values in stage 1, 2 or 3.
+
+        Raises:
+            ValueError: A value that its key cannot have.
+        """
+        name = f"stage{number}"
+        with _below(name):
+            section = dataclasses.replace(self.stage(number), **changes)
+        return dataclasses.replace(self, **{name: section})
+
+
+@contextmanager
+def _below(section: str) -> Iterator[None]:
+    """Puts a section's name before the key that is refused in it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{section}.{error}") from error
+
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a name in ``adala/recipes`` or a path to a YAML file.
+    """The file of a recipe: a name in ``adala/recipes``, or a path to a YAML file.
 
     Raises:
         ValueError: There is no such recipe; the message lists those there are.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPE_FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml")))
-        raise ValueError(f"--recipe {name}: there is no such recipe; known are {known}, or give a .yaml path")
-    return path
+    named, path = RECIPE_FOLDER / f"{name}.yaml", Path(os.path.expanduser(name))
+    if "/" not in name and named.is_file():
+        return named
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(f"--recipe {name}: it is a folder; give the .yaml file in it")
+    known = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml")))
+    raise ValueError(f"--recipe {name}: there is no such recipe; known are {known}, or give the path of a .yaml file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +442,12 @@ class Command:
     overwrite: bool
 
 
+@functools.cache
 def build_parser() -> ArgumentParser:
     """The training command's parser: a recipe's fields as dotted options (``--stage1.lr``), and what goes beside."""
     parser = ArgumentParser(
         exit_on_error=False,
+        allow_abbrev=False,
         description="Adapts a pretrained softmax ViT to linear attention in three stages (ViT-AdaLA).",
     )
     parser.add_argument("--stage", choices=["1", "2", "3", "all"], default="all", help="which stage to run")
@@ -245,24 +464,32 @@ def parse_command(arguments: Sequence[str]) -> Command:
     """Reads a command line: the recipe it names, then its dotted overrides.
 
     Raises:
-        ValueError: Unknown recipe, unknown key, or a value of the wrong type; the message names the key.
+        ValueError: Unknown recipe, unknown key, or a value of the wrong type or out of range; the message names the
+            key.
     """
     parser = build_parser()
-    path = recipe_path(_recipe_argument(arguments))
     try:
-        defaults = parser.parse_object(yaml.safe_load(path.read_text()) or {})
-    except (ArgumentError, yaml.YAMLError) as error:
-        raise ValueError(f"recipe {path}: {_one_sentence(error)}") from error
-    try:
+        path = recipe_path(_recipe_argument(arguments))
+        defaults = _read_recipe(parser, path)
         parsed = parser.parse_args(list(arguments), namespace=defaults)
-    except ArgumentError as error:
-        raise ValueError(f"command line: {_one_sentence(error)}") from error
-    built = parser.instantiate(parsed)
-    recipe = Recipe(**{field.name: getattr(built, field.name) for field in dataclasses.fields(Recipe)})
+    except (ArgumentError, OverflowError) as error:
+        raise ValueError(f"command line: {_explained(error)}") from error
+    recipe = _build_recipe(parsed.as_dict())
     asked = [key for key in _keys_given(arguments) if key in CONVERSION_KEYS and key not in recipe.over_conversion]
     recipe = dataclasses.replace(recipe, over_conversion=[*recipe.over_conversion, *asked])
     stages = (1, 2, 3) if parsed.stage == "all" else (int(parsed.stage),)
     return Command(recipe, stages, parsed.overwrite)
+
+
+def _build_recipe(values: dict[str, Any]) -> Recipe:
+    """The recipe of nested ``values``, as the parser leaves them."""
+    given = {}
+    for field in dataclasses.fields(Recipe):
+        given[field.name] = values[field.name]
+        if dataclasses.is_dataclass(field.type):
+            with _below(field.name):
+                given[field.name] = field.type(**values[field.name])
+    return Recipe(**given)
 
 
 def load_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Recipe:
@@ -282,13 +509,89 @@ def _keys_given(arguments: Sequence[str]) -> list[str]:
 
 def _recipe_argument(arguments: Sequence[str]) -> str:
     """The value of ``--recipe``, needed before the rest can be parsed: it supplies their defaults."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--recipe", default=DEFAULT_RECIPE)
     return early.parse_known_args(list(arguments))[0].recipe
 
 
-def _one_sentence(error: Exception) -> str:
-    return " ".join(str(error).split())
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which a key stands once, ``1e-3`` is a number, a date is text, and text names files as UTF-8."""
+
+    def construct_name(self, node: yaml.ScalarNode) -> str:
+        # As the command line's arguments come: under a locale that cannot write it, the file is found nevertheless.
+        return os.fsdecode(self.construct_scalar(node).encode(errors="surrogateescape"))
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands here twice", key_node.start_mark)
+            seen.update([key] if isinstance(key, Hashable) else [])
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:str", _RecipeLoader.construct_name)
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _read_recipe(parser: ArgumentParser, path: Path) -> Any:
+    """A recipe file's values over the defaults, as the parser's namespace.
+
+    Raises:
+        ValueError: The file cannot be read, is no mapping, or has a key or a value that it cannot have.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader)
+        if not isinstance(values, dict):
+            what = "it is empty" if values is None else f"it holds {_shown(values)}"
+            raise ValueError(f"{what}: it must be a mapping of keys such as run_name and stage1")
+        for field in dataclasses.fields(Recipe):
+            if field.name in values and dataclasses.is_dataclass(field.type):
+                _check_section(field.name, values)
+        return parser.parse_object(values)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"recipe {path}: it cannot be read ({error.strerror})") from error
+    except (ArgumentError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"recipe {path}: {_explained(error)}") from error
+
+
+def _check_section(name: str, values: dict) -> None:
+    section = values[name]
+    if not isinstance(section, dict):
+        raise ValueError(f"{name} is {_shown(section)}: it must have keys of its own; leave it out for its defaults")
+    for key in section:
+        if f"{name}.{key}" in values:
+            raise ValueError(f"{name}.{key} stands here twice, below {name} and by itself")
+
+
+def _explained(error: Exception) -> str:
+    """A parser's error in one sentence, which says what the key's value must be."""
+    text = " ".join(str(error).split())
+    refused = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got value|Given value): ?(.*)', text)
+    field = _field_of(refused[1]) if refused else None
+    if field is not None:
+        return f"{refused[1]} is {refused[2] or 'empty'}: it must be {_rule(field).words}"
+    if re.match(r"unrecognized arguments: (?!-)", text):
+        return f"{text}; several values are one list ('[a, b]'), and a pattern like 'train-*.tar' needs quotes"
+    return text
+
+
+def _field_of(key: str) -> dataclasses.Field | None:
+    """The field that a dotted key names."""
+    section, fields = Recipe, {}
+    for part in key.split("."):
+        fields = {field.name: field for field in dataclasses.fields(section)} if section else {}
+        section = fields[part].type if part in fields and dataclasses.is_dataclass(fields[part].type) else None
+    return fields.get(key.split(".")[-1])
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

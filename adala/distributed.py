@@ -5,8 +5,11 @@ import os
 import resource
 import socket
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +24,52 @@ ALLREDUCE_BUFFERS = "deepspeed_allreduce_buffer_*"
 # A file so young may belong to a process that has created it and not yet mapped it.
 YOUNG_S = 60
 CLOSING_S = 0.1
+# Where programs that start processes, and know nothing of torch, say how many there are, and which one this is.
+STARTED_BY = {
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
+    "FLUX_JOB_SIZE": "FLUX_TASK_RANK",
+}
+# What the machine failed at, by what torch's RuntimeError says, and what helps. The first that fits counts.
+MACHINE_FAULTS = (
+    (
+        ("DataLoader worker", "bus error", "shared memory object", "shared memory(shm)", "unable to mmap"),
+        "a data worker died, most often because main memory or /dev/shm is full: lower data.num_workers or "
+        "data.shuffle_buffer, or give the container more shared memory (--shm-size)",
+    ),
+    (
+        ("out of memory", "allocate memory", "bad_alloc", "MemoryError"),
+        "there is not enough memory: lower stageN.micro_batch_size, evaluation.batch_size or data.num_workers, or take "
+        "a ds_config of a higher ZeRO stage",
+    ),
+    (
+        ("ancdata", "open files"),
+        "there are too many open files: raise their limit (ulimit -n), or lower data.num_workers",
+    ),
+    (
+        ("PytorchStreamWriter", "inline_container"),
+        "a file could not be written or read to its end: look whether the disk is full or the file damaged",
+    ),
+    (
+        ("Timed out", "timed out", "Timeout", "timeout"),
+        "another rank did not answer in time: look for what it says, and whether its machine still runs",
+    ),
+    (
+        (
+            "CUDA error",
+            "CUDA driver",
+            "NCCL error",
+            "ncclInternalError",
+            "ncclSystemError",
+            "CUBLAS_STATUS",
+            "CUDNN_STATUS",
+        ),
+        "a GPU or the connection between GPUs failed: look at nvidia-smi and the system's log, and start again",
+    ),
+)
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> None:
@@ -30,11 +79,15 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     ranks that each start a thread per core slow each other down several times. OMP_NUM_THREADS overrides that.
 
     Raises:
-        ValueError: There are more ranks on this machine than GPUs.
+        ValueError: The environment is not a launcher's, there are more ranks on this machine than GPUs, or the ranks do
+            not come together.
     """
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        _check_launched()
+    else:
+        _check_alone()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if uses_gpu():
         if local_rank() >= torch.cuda.device_count():
@@ -48,7 +101,67 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     if local_rank() == 0:
         remove_orphaned_buffers()
     backend = "nccl" if uses_gpu() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    except RuntimeError as error:
+        raise ValueError(_meeting_failure(error, timeout_minutes)) from error
+
+
+def _check_alone() -> None:
+    """Refuses to be one of several processes that do not know of each other.
+
+    Raises:
+        SharedError: Something says that there are several.
+    """
+    for variable in (*STARTED_BY, "WORLD_SIZE"):
+        count = os.environ.get(variable, "")
+        if count.isdecimal() and int(count) > 1:
+            raise SharedError(
+                f"{count} processes were started ({variable}), and none was told its rank (RANK), so that each would "
+                "train the whole run: start one process a machine that starts the ranks, deepspeed or torchrun "
+                "(under Slurm: sbatch launchers/slurm/stage1.sbatch)"
+            )
+
+
+def _check_launched() -> None:
+    """Refuses half a launcher's environment.
+
+    Raises:
+        ValueError: A variable is missing, or is not what it must be.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"RANK is {os.environ['RANK']!r}, and {', '.join(missing)} not set: start through deepspeed or torchrun, "
+            f"which set {', '.join(names)} and LOCAL_RANK, or unset RANK to train in one process"
+        )
+    world_size = os.environ["WORLD_SIZE"]
+    limits = {"WORLD_SIZE": 2**31, "RANK": 2**31, "LOCAL_RANK": 2**31, "MASTER_PORT": 65536}
+    if world_size.isdecimal():
+        limits |= {"RANK": int(world_size), "LOCAL_RANK": int(world_size)}
+    for name, limit in limits.items():
+        value = os.environ.get(name, "0")
+        least = 1 if name in ("WORLD_SIZE", "MASTER_PORT") else 0
+        if not value.isdecimal() or not least <= int(value) < limit:
+            raise ValueError(
+                f"{name} is {value!r} in the environment: it must be a whole number, {least} or more and below {limit} "
+                f"(WORLD_SIZE is {world_size!r})"
+            )
+
+
+def _meeting_failure(error: RuntimeError, timeout_minutes: float) -> str:
+    port = os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error):
+        return (
+            f"port {port} of this machine, at which the ranks meet, is in use by another program: give the launcher "
+            "another one (deepspeed --master_port N, torchrun --master_port N)"
+        )
+    return (
+        f"the {os.environ['WORLD_SIZE']} ranks did not all meet at {os.environ['MASTER_ADDR']}, port {port}, within "
+        f"{timeout_minutes:g} minutes: look whether all were started, what those say that are missing, and whether "
+        f"their machines reach that address ({_first_line(error)})"
+    )
 
 
 def uses_gpu() -> bool:
@@ -88,7 +201,7 @@ def _is_old_and_ours(path: Path) -> bool:
 
 def _memory_map(process: Path) -> str:
     try:
-        return (process / "maps").read_text()
+        return (process / "maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         # Ended meanwhile, or another user's, which cannot map this user's buffers.
         return ""
@@ -214,31 +327,104 @@ def from_rank_0(action: Callable[[], Result]) -> Result:
     return broadcast_object(result)
 
 
-def has_lost_peer(error: Exception) -> bool:
+def has_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone; what was wrong there is that rank's to say."""
     gone = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe")
     return isinstance(error, dist.DistBackendError) or any(text in str(error) for text in gone)
 
 
-def report_error(error: Exception) -> None:
-    """Prints a user's error as one sentence, once: rank 0 at once, another rank only what rank 0 may not know.
+def report_failure(error: BaseException, folder: Path | None = None) -> int:
+    """Says in one sentence what ended a command.
+
+    Args:
+        error: A mistake of the user's, a fault of the machine's, or, where it is neither, a bug of ours, whose
+            traceback goes into a file.
+        folder: Where that file goes, if it is there; else it goes where temporary files lie.
+
+    Returns:
+        The command's exit status.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        if _told_rank() == 0:
+            report_error("interrupted; the same command goes on from the last checkpoint")
+        return 130
+    if isinstance(error, ValueError | OSError):
+        report_error(error)
+    elif isinstance(error, ImportError):
+        report_error(
+            f"{_one_sentence(error)}: the installation lacks it, or has it in another version (pip install -e .)"
+        )
+    elif isinstance(error, RuntimeError) and has_lost_peer(error):
+        print(f"rank {rank()}: another rank has ended, and says why", file=sys.stderr, flush=True)
+    elif isinstance(error, RuntimeError | MemoryError) and (advice := _machine_fault(error)):
+        report_error(f"{advice} ({_first_line(error)})")
+    else:
+        what = f"{type(error).__name__}: {_one_sentence(error)}"
+        report_error(
+            f"this is a bug of the program, not your mistake: {what}; please report it with {_keep(error, folder)}"
+        )
+    return 1
+
+
+def _machine_fault(error: BaseException) -> str | None:
+    text = f"{type(error).__name__}: {error}"
+    return next((advice for signs, advice in MACHINE_FAULTS if any(sign in text for sign in signs)), None)
+
+
+def _keep(error: BaseException, folder: Path | None) -> str:
+    """Writes an error's traceback into a file of this rank's own; says where."""
+    text = "".join([f"{sys.argv}\n", *traceback.format_exception(error)])
+    name = f"error-rank{_told_rank()}"
+    try:
+        # Where the run's disk is full or gone, its traceback is needed as well.
+        with suppress(OSError):
+            if folder is not None and folder.is_dir():
+                return _write_traceback(folder / f"{name}.txt", text)
+        descriptor, path = tempfile.mkstemp(prefix=f"adala-{name}-", suffix=".txt")
+        os.close(descriptor)
+        return _write_traceback(Path(path), text)
+    except OSError as failure:
+        print(text, file=sys.stderr, flush=True)
+        return f"the traceback above, which could not be written to a file ({failure})"
+
+
+def _write_traceback(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return f"the traceback in {path}"
+
+
+def report_error(error: Exception | str) -> None:
+    """Prints an error as one sentence, once: rank 0 at once, another rank only what rank 0 may not know.
 
     That is an error of that rank alone; it waits a moment, since rank 0's exit makes the launcher end the others.
     """
-    # From the environment: a mistake on the command line is found before there is a process group.
-    if int(os.environ.get("RANK", 0)) != 0:
+    if _told_rank() != 0:
         if isinstance(error, SharedError):
             return
         time.sleep(5)
-    print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
+    sentence = error if isinstance(error, str) else _one_sentence(error)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
 
 
-def _one_sentence(error: Exception) -> str:
+def _told_rank() -> int:
+    """This process's rank by its environment: a mistake may be found before there is a process group."""
+    told = (os.environ.get(name, "") for name in ("RANK", *STARTED_BY.values()))
+    return next((int(number) for number in told if number.isdecimal()), 0)
+
+
+def _one_sentence(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if str(error).startswith("Caught "):
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Caught "):
         # A data worker's exception arrives with its traceback as text around it.
         return lines[-1].removeprefix(f"{type(error).__name__}: ")
     return " ".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    """What a long message of torch's begins with, where what follows is for those who debug torch."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _available_cores() -> int:

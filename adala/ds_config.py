@@ -1,14 +1,17 @@
 """A DeepSpeed configuration that holds ZeRO and precision only, read and checked without importing deepspeed."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-CONFIG_FOLDERS = (Path("ds_configs"), Path(__file__).resolve().parent.parent / "ds_configs")
+# That of the working directory, that beside the package in its repository, and that in an installed package.
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDERS = (Path("ds_configs"), _PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
 RECIPE_KEYS = {
     "train_batch_size": "stageN.global_batch_size",
     "train_micro_batch_size_per_gpu": "stageN.micro_batch_size",
@@ -18,6 +21,13 @@ RECIPE_KEYS = {
     "scheduler": "stageN.schedule and stageN.warmup_steps",
 }
 SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast")
+# What else decides how DeepSpeed communicates or what it measures, not what is trained. It ignores a key that it does
+# not know, so that a misspelt section would be trained without.
+OTHER_KEYS = (
+    "communication_data_type", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
 
 
 @dataclass(frozen=True)
@@ -63,42 +73,105 @@ def load_ds_config(name: str) -> DeepSpeedConfig:
 
     Raises:
         ValueError: No such file, not a JSON object of sections, a key that the recipe owns (batch, rate, clipping: two
-            places that say the same would one day disagree), or a precision that gives wrong results.
+            places that say the same would one day disagree), a value that a key cannot have, or a precision that gives
+            wrong results. What DeepSpeed alone knows to refuse, ``adala.engine.check_ds_config`` finds.
     """
-    candidates = [Path(name)] if name.endswith(".json") else [folder / f"{name}.json" for folder in CONFIG_FOLDERS]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        known = sorted({p.stem for folder in CONFIG_FOLDERS for p in folder.glob("*.json")})
-        raise ValueError(f"ds_config {name}: there is no such configuration; known are {', '.join(known)}")
+    path = _find(name)
     try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+        _check_keys(values)
+        config = DeepSpeedConfig(name, values)
+        _check_precision(config)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"ds_config {path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
         raise ValueError(f"ds_config {path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"ds_config {path}: it must be a JSON object, with sections such as zero_optimization")
-    for key in SECTIONS:
-        if not isinstance(values.get(key, {}), dict):
-            raise ValueError(f"ds_config {path}: {key} must be an object, not {values[key]!r}")
-    for key, owner in RECIPE_KEYS.items():
-        if key in values:
-            raise ValueError(f"ds_config {path}: {key} belongs into the recipe, as {owner}: remove it here")
-    config = DeepSpeedConfig(name, values)
-    _check_precision(path, config)
+    except OSError as error:
+        raise ValueError(f"ds_config {path}: it cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"ds_config {path}: {error}") from error
     return config
 
 
-def _check_precision(path: Path, config: DeepSpeedConfig) -> None:
+def _find(name: str) -> Path:
+    named = [folder / f"{name}.json" for folder in CONFIG_FOLDERS] if "/" not in name else []
+    path = Path(os.path.expanduser(name))
+    found = next((candidate for candidate in [*named, path] if candidate.is_file()), None)
+    if found is None and path.is_dir():
+        raise ValueError(f"ds_config {name}: it is a folder; give the .json file in it")
+    if found is None:
+        known = sorted({p.stem for folder in CONFIG_FOLDERS for p in folder.glob("*.json")})
+        raise ValueError(
+            f"ds_config {name}: there is no such configuration; known are {', '.join(known)}, or give the path of a "
+            ".json file"
+        )
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} stands twice in one object")
+    return values
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number that a configuration can have")
+
+
+def _check_keys(values: Any) -> None:
+    """Refuses what is no object of known sections of the right types."""
+    if not isinstance(values, dict):
+        raise ValueError("it must be a JSON object, with sections such as zero_optimization")
+    for key, owner in RECIPE_KEYS.items():
+        if key in values:
+            raise ValueError(f"{key} belongs into the recipe, as {owner}: remove it here")
+    for key in values:
+        if key not in SECTIONS + OTHER_KEYS:
+            raise ValueError(f"{key} is not a key that it can have: {', '.join(SECTIONS + OTHER_KEYS)}")
+    for key in (*SECTIONS, "aio", "comms_logger", "flops_profiler"):
+        if not isinstance(values.get(key, {}), dict):
+            raise ValueError(f"{key} must be an object, not {json.dumps(values[key])}")
+    for key in _automatic(values):
+        raise ValueError(
+            f'{key} is "auto", which only Hugging Face fills in: remove it for the default, or set a value'
+        )
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage is {json.dumps(stage)}: it must be 0, 1, 2 or 3")
+    for section in ("bf16", "fp16", "torch_autocast"):
+        enabled = values.get(section, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"{section}.enabled is {json.dumps(enabled)}: it must be true or false")
+    for key in values.get("torch_autocast", {}):
+        if key not in AUTOCAST_KEYS:
+            raise ValueError(f"torch_autocast.{key} is not a key that it can have: {', '.join(AUTOCAST_KEYS)}")
+    dtype = values.get("torch_autocast", {}).get("dtype", "bfloat16")
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(f'torch_autocast.dtype is {json.dumps(dtype)}: it must be "bfloat16"')
+
+
+def _automatic(values: Any, key: str = "") -> Iterator[str]:
+    """The dotted keys whose value is ``auto``."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _automatic(value, f"{key}{name}.")
+        elif value == "auto":
+            yield f"{key}{name}"
+
+
+def _check_precision(config: DeepSpeedConfig) -> None:
     bf16, fp16 = config.values.get("bf16", {}), config.values.get("fp16", {})
-    if config.zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"ds_config {path}: zero_optimization.stage is {config.zero_stage!r}: it must be 0, 1, 2 or 3")
     if fp16.get("enabled") or config.autocast_dtype == torch.float16:
-        raise ValueError(f"ds_config {path}: fp16 overflows in linear attention's token sums: use bf16 or neither")
+        raise ValueError("fp16 overflows in linear attention's token sums: use bf16 or neither")
     if bf16.get("enabled") and config.zero_stage == 0:
         # DeepSpeed's optimizer for this pair keeps no float32 weights that can be exported, and its first AdamW step
         # counts as the second.
-        raise ValueError(f"ds_config {path}: bf16 without ZeRO rounds what is exported: use zero_optimization.stage 1")
+        raise ValueError("bf16 without ZeRO rounds what is exported: use zero_optimization.stage 1")
     if not bf16.get("check_grad_overflow", True):
         raise ValueError(
-            f"ds_config {path}: bf16.check_grad_overflow false lets a gradient that is not finite into the weights: "
-            "remove it"
+            "bf16.check_grad_overflow false lets a gradient that is not finite into the weights: remove it"
         )

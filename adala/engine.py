@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from adala.distributed import device, raise_together, rank, unlink_allreduce_buffers, uses_gpu, world_size
@@ -17,7 +18,33 @@ if not uses_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+
+def check_ds_config(config: DeepSpeedConfig) -> None:
+    """Has DeepSpeed read a configuration, so that what it refuses is refused before anything is built.
+
+    Raises:
+        ValueError: It refuses a key or a value, which the message names.
+    """
+    deepspeed.utils.logger.setLevel("WARNING")
+    try:
+        deepspeed.DeepSpeedConfig({**config.values, "train_micro_batch_size_per_gpu": 1})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"ds_config {config.name}: DeepSpeed refuses {key} {first['input']!r} in {error.title}: {first['msg']}"
+        ) from error
+    except (
+        deepspeed.runtime.config.DeepSpeedConfigError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        raise ValueError(f"ds_config {config.name}: DeepSpeed refuses it: {error}") from error
 
 
 class Engine:
@@ -59,9 +86,12 @@ class Engine:
             "gradient_clipping": gradient_clipping,
             "steps_per_print": 10**9,
         }
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=full_config, dist_init_required=False
-        )
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=full_config, dist_init_required=False
+            )
+        except ZeRORuntimeException as error:
+            raise ValueError(f"ds_config {config.name}: DeepSpeed refuses it: {error}") from error
         self.module: nn.Module = self._engine.module
         self._trains = False
         self._norm = math.nan

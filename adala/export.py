@@ -2,22 +2,47 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adala.backbones import build_backbone
+from adala.backbones import CONFIG, build_backbone
 from adala.files import sync_file, write_json
+from adala.runs import ATTEMPT, CHECKPOINT_MARKER
 from adala.students import LinearizedVisionTransformer, linearize
 from adala.tasks import Task, read_task
+from adala.weights import find_difference, in_float32, read_weights
 
 WEIGHTS = "student.safetensors"
 DESCRIPTION = "model.json"
 HEAD_WEIGHTS = "head.safetensors"
+
+
+def _is_list(value: Any, kinds: type | tuple[type, ...], length: int | None = None) -> bool:
+    return (
+        isinstance(value, list)
+        and all(isinstance(item, kinds) and not isinstance(item, bool) for item in value)
+        and (length is None or len(value) == length)
+    )
+
+
+# Of each key of a description: whether a value read from JSON is of its kind.
+FITS: dict[str, Callable[[Any], bool]] = {
+    "backbone": lambda value: isinstance(value, str),
+    "model_args": lambda value: isinstance(value, dict),
+    "image_size": lambda value: _is_list(value, int, 2) and min(value) > 0,
+    "mechanism": lambda value: isinstance(value, str),
+    "mechanism_options": lambda value: isinstance(value, dict),
+    "keep": lambda value: _is_list(value, int),
+    "mean": lambda value: _is_list(value, (int, float), 3),
+    "std": lambda value: _is_list(value, (int, float), 3),
+    "task": lambda value: value is None or isinstance(value, dict),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +94,53 @@ def read_description(folder: str | Path) -> StudentDescription:
     Raises:
         ValueError: There is no exported student, or one of another format.
     """
-    path = Path(folder) / DESCRIPTION
+    folder = Path(folder).expanduser()
+    path = folder / DESCRIPTION
     if not path.is_file():
-        raise ValueError(f"{folder} holds no exported student: there is no {DESCRIPTION}")
+        raise ValueError(f"{folder} holds no exported student: {_what_lies_in(folder)}")
     try:
-        return StudentDescription(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        _check_description(values)
+        return StudentDescription(**values)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a student's description: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _what_lies_in(folder: Path) -> str:
+    """Of a folder without a student, in words."""
+    if not folder.exists():
+        return "there is no such folder"
+    if folder.is_file():
+        return "it is a file; name the folder that it lies in"
+    students = sorted(path.parent.name for path in folder.glob(f"*/{DESCRIPTION}"))
+    if students:
+        return f"its folders {', '.join(students)} do; name one of them"
+    if (folder / CHECKPOINT_MARKER).exists():
+        return (
+            "it is a checkpoint of training; the student is written beside the checkpoints when its stage is finished"
+        )
+    if (folder / ATTEMPT).exists():
+        return f"its stage is not finished (there is no {DESCRIPTION}); start the same command again to go on"
+    if (folder / CONFIG).exists():
+        return f"a folder with {CONFIG} is a model of timm's or transformers'; timm's is a teacher (local-dir:{folder})"
+    return f"there is no {DESCRIPTION}"
+
+
+def _check_description(values: Any) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}, not an object with keys")
+    fields = dataclasses.fields(StudentDescription)
+    names = [field.name for field in fields]
+    unknown = [key for key in values if key not in names]
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(names)}")
+    for field in fields:
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"{field.name} is missing")
+        if field.name in values and not FITS[field.name](values[field.name]):
+            raise ValueError(f"{field.name} cannot be {values[field.name]!r}")
 
 
 def load_student(folder: str | Path) -> LinearizedVisionTransformer:
@@ -85,9 +150,12 @@ def load_student(folder: str | Path) -> LinearizedVisionTransformer:
         ValueError: No student there, an unknown mechanism, or weights that do not fit the description.
     """
     description = read_description(folder)
-    backbone = build_backbone(description.backbone, description.image_size, description.model_args)
-    student = linearize(backbone, description.mechanism, description.keep, description.mechanism_options)
-    _load_tensors(student, Path(folder) / WEIGHTS)
+    try:
+        backbone = build_backbone(description.backbone, description.image_size, description.model_args)
+        student = linearize(backbone, description.mechanism, description.keep, description.mechanism_options)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder).expanduser() / DESCRIPTION}: {error}") from error
+    _load_tensors(student, Path(folder).expanduser() / WEIGHTS)
     return student.eval()
 
 
@@ -113,24 +181,34 @@ def load_classifier(folder: str | Path) -> TaskModel:
     description = read_description(folder)
     if description.task is None:
         raise ValueError(f"{folder} holds a student without a head: use load_student, or fine-tune it (--stage 3)")
-    task, student = read_task(description.task), load_student(folder)
+    try:
+        task = read_task(description.task)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder).expanduser() / DESCRIPTION}: {error}") from error
+    student = load_student(folder)
     head = task.build_head(student)
-    _load_tensors(head, Path(folder) / HEAD_WEIGHTS)
+    _load_tensors(head, Path(folder).expanduser() / HEAD_WEIGHTS)
     return TaskModel(student, head, task).eval()
 
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
+    # safetensors writes files that only their owner may read: what another file would get is taken from one.
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
     try:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}; is the disk full?") from error
+    partial.chmod(mode)
     sync_file(partial)
     partial.replace(path)
 
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
-    try:
-        module.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not fit its description: {' '.join(str(error).split())}") from error
+    state = read_weights(path)
+    difference = find_difference(module, state)
+    if difference:
+        raise ValueError(f"{path} does not fit its description: {difference}")
+    module.load_state_dict(in_float32(path, state, module))

@@ -19,12 +19,14 @@ class Decision:
         is_new: Whether what lies in ``folder`` is no part of this and has to go first.
         replaces: Whether an earlier result stays in its place until this one is complete.
         reason: In words, for people.
+        continues: Whether a new ``folder`` begins with the checkpoints of what it replaces.
     """
 
     folder: StageFolder | None
     is_new: bool
     replaces: bool
     reason: str
+    continues: bool = False
 
 
 def decide(
@@ -48,16 +50,16 @@ def decide(
     """
     asked = _as_json({**conditions, START: start})
     final, new = run.stage(number), run.replacement(number)
-    record = final.record()
+    record, reason, continues = final.record(), "not begun", False
     if record is not None:
-        changed = differing(record.conditions, asked)
-        if not changed and (order is None or record.overwrite == order.id):
-            return Decision(None, False, False, "finished already, from the same student, teacher, recipe and data")
+        changed = differing(record.conditions, asked, may_grow=_steps_key(number))
         if changed and order is None:
             refuse_unless_upstream(run, number, changed, record.conditions, asked, "finished")
-        reason = "run again, as --overwrite says" if order else f"stale, since {START} has changed: run again"
-    else:
-        reason = "not begun"
+        is_wanted = not changed and (order is None or record.overwrite == order.id)
+        if is_wanted and not differing(record.conditions, asked):
+            return Decision(None, False, False, "finished already, from the same student, teacher, recipe and data")
+        continues = is_wanted
+        reason = _reason_to_run_again(number, record.conditions, asked, continues, order)
     for folder in (new, final) if record is None else (new,):
         attempt = folder.attempt()
         if attempt is not None and not differing(attempt, asked, may_grow=_steps_key(number)):
@@ -65,11 +67,22 @@ def decide(
             return Decision(folder, False, folder is new, f"{begun}: going on with it")
     begun = final.attempt() if record is None and final.has_checkpoint() else None
     if begun is None:
-        return Decision(final if record is None else new, True, record is not None, reason)
+        if continues:
+            _refuse_without_checkpoint(final, number)
+        return Decision(final if record is None else new, True, record is not None, reason, continues)
     if order is None:
         changed = differing(begun, asked, may_grow=_steps_key(number))
         refuse_unless_upstream(run, number, changed, begun, asked, "begun")
     return Decision(new, True, True, f"begun under other conditions ({differing(begun, asked)[0]}): begun anew")
+
+
+def _reason_to_run_again(
+    number: int, before: Mapping[str, Any], now: Mapping[str, Any], continues: bool, order: OverwriteOrder | None
+) -> str:
+    if continues:
+        steps = _steps_key(number)
+        return f"finished after {before[steps]} steps, of which {now[steps]} are wanted now: going on with it"
+    return "run again, as --overwrite says" if order else f"stale, since {START} has changed: run again"
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any], may_grow: str | None = None) -> list[str]:
@@ -91,8 +104,20 @@ def refuse_changed(run: RunFolder, number: int, conditions: Mapping[str, Any]) -
     begun = run.stage(number).attempt() if run.stage(number).has_checkpoint() else None
     before, was = (record.conditions, "finished") if record else (begun, "begun")
     if before is not None:
-        changed = differing(before, asked, may_grow=None if record else _steps_key(number))
-        refuse_unless_upstream(run, number, changed, before, asked, was)
+        refuse_unless_upstream(run, number, differing(before, asked, may_grow=_steps_key(number)), before, asked, was)
+
+
+def _refuse_without_checkpoint(folder: StageFolder, number: int) -> None:
+    """More steps of a finished stage go on from its last checkpoint.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not folder.has_checkpoint():
+        raise ValueError(
+            f"stage {number} in {folder.path} has no checkpoint left to go on from with more steps: set "
+            f"{_steps_key(number)} back, or add --overwrite to run the stage anew"
+        )
 
 
 def refuse_unless_upstream(

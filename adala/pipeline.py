@@ -27,9 +27,9 @@ from adala.build import (
 )
 from adala.config import Recipe, recipe_to_yaml
 from adala.data import StreamState, TrainLoader
-from adala.distributed import device, from_rank_0, gather_objects, raise_together, say
+from adala.distributed import device, from_rank_0, gather_objects, raise_together, rank, say
 from adala.engine import Engine
-from adala.evaluation import Evaluator, Score
+from adala.evaluation import Candidate, Evaluator
 from adala.export import WEIGHTS, load_classifier, load_student, read_description, save_student
 from adala.files import file_digest, remove_tree, write_whole
 from adala.lineage import START, Decision, decide, refuse_changed
@@ -126,7 +126,7 @@ def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None =
     stage = build_stage(plan, student, teacher)
     measure_on_data(plan, stage)
     conditions = {**plan.conditions, START: start.digest}
-    from_rank_0(partial(_open_stage, run_plan, decision, conditions))
+    from_rank_0(partial(_open_stage, run_plan, plan.number, decision, conditions))
 
     engine = build_engine(plan, stage)
     metrics = _train(run_plan, plan, engine, stage, decision.folder)
@@ -142,10 +142,12 @@ def _decide(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None) ->
     return start, decide(run_plan.run, plan.number, plan.conditions, start.digest, order)
 
 
-def _open_stage(run_plan: RunPlan, decision: Decision, conditions: dict[str, Any]) -> None:
+def _open_stage(run_plan: RunPlan, number: int, decision: Decision, conditions: dict[str, Any]) -> None:
     folder = decision.folder
     if decision.is_new:
         remove_tree(folder.path)
+    if decision.continues:
+        folder.begin_as(run_plan.run.stage(number))
     folder.start_attempt(conditions)
     write_whole(folder.config, recipe_to_yaml(run_plan.recipe))
 
@@ -193,7 +195,10 @@ def export_stage(plan: StagePlan, engine: Engine, stage: Stage, folder: StageFol
         ValueError: It does not.
     """
     state = engine.full_state()
-    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, None, plan.task is not None)))
+    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, None, plan.task is not None)), None)
+    raise_together(
+        None if batch else ValueError(f"rank {rank()} found no usable sample of data.val: name other shards")
+    )
     batch = {key: value[:CHECKED_IMAGES] if key != "epoch" else value for key, value in batch.items()}
     engine.eval()
     with torch.no_grad():
@@ -266,25 +271,30 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     """
     teacher = build_teacher(plan.model.teacher)
     scorer = build_scorer(plan.data, plan.evaluation, teacher)
-    rows: list[ReportRow] = []
-
-    def add(name: str, score: Score) -> None:
-        rows.append(ReportRow(name, score.value, score.metrics["feature_cosine"]))
-        value = "-" if score.value is None else f"{score.value:.2f} %"
-        say(f"scored {name}: top-1 {value}, feature cosine {score.metrics['feature_cosine']:.4f}")
-
-    add("teacher", scorer.frozen(teacher))
-    add("linearized", scorer.frozen(unaligned_student(plan.model, teacher).eval()))
-    for number in (1, 2, 3):
-        if f"stage {number}" not in identity:
-            continue
-        folder = plan.run.stage(number).path
-        if plan.evaluation.probe_train is not None and read_description(folder).task is not None:
-            tuned = load_classifier(folder).to(device())
-            add(f"stage {number}", scorer.tuned(tuned.student, tuned.head, tuned.task))
-        else:
-            add(f"stage {number}", scorer.frozen(load_student(folder).to(device())))
+    numbers = [number for number in (1, 2, 3) if f"stage {number}" in identity]
+    candidates = {
+        "teacher": Candidate(teacher),
+        "linearized": Candidate(unaligned_student(plan.model, teacher).eval()),
+        **{f"stage {number}": _candidate(plan, plan.run.stage(number)) for number in numbers},
+    }
+    say(f"scoring {', '.join(candidates)}")
+    scores = scorer.scores(candidates)
+    is_scored = scores["teacher"].value is not None
+    if not is_scored and scorer.probe_train is not None:
+        say("all labels are the same: models are compared by their features alone")
+    rows = [
+        ReportRow(name, score.value if is_scored else None, score.metrics["feature_cosine"])
+        for name, score in scores.items()
+    ]
     unusable = sum(gather_objects(sum(scorer.held_out.bad_samples.values())))
     if unusable:
         say(f"{unusable} held-out samples could not be used, and are left out of all rows alike")
     return Report(rows, identity, unusable)
+
+
+def _candidate(plan: RunPlan, folder: StageFolder) -> Candidate:
+    """A stage's student with its head, where it has one and there are labels."""
+    if plan.evaluation.probe_train is None or read_description(folder.path).task is None:
+        return Candidate(load_student(folder.path).to(device()))
+    tuned = load_classifier(folder.path).to(device())
+    return Candidate(tuned.student, tuned.head, tuned.task)

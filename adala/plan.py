@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from adala.attention import resolve_mechanism
-from adala.backbones import build_backbone
-from adala.config import FinetuningConfig, Recipe, StageConfig
+from adala.backbones import NamedModel, build_backbone, load_teacher, read_checkpoint, resolve_name
+from adala.config import EMBEDDED_FOLDER, FinetuningConfig, Recipe, StageConfig
 from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
 from adala.data import ShardIndex
 from adala.data.embedded import TEACHER_PATH
@@ -245,10 +245,11 @@ def _resolve(recipe: Recipe, stages: Sequence[int]) -> RunPlan:
         )  # fmt: skip
     recipe, notes = _under_conversion(recipe, conversion)
     model, data = _resolve_model(recipe)
-    read = Sources(Path(recipe.runs_dir).expanduser() / "embedded-fashion-mnist")
+    read = Sources(Path(recipe.runs_dir).expanduser() / EMBEDDED_FOLDER, recipe.data.classes)
     steps = {number: conversion.step(STAGES[number].name) for number in stages if has_step[number]}
     plans = tuple(_resolve_stage(recipe, number, step, model, data, read) for number, step in steps.items())
-    evaluation = _resolve_evaluation(recipe, read)
+    evaluation, unscored = _resolve_evaluation(recipe, read)
+    notes = notes if unscored is None else (*notes, f"models are compared by their features alone: {unscored}")
     left_out = tuple(number for number in stages if not has_step[number])
     if model.teacher.checkpoint is None and not model.teacher.pretrained:
         notes = (
@@ -275,28 +276,33 @@ def _under_conversion(recipe: Recipe, conversion: Conversion) -> tuple[Recipe, t
                 notes.append(f"{name} is {value} by {recipe.mechanism}'s native conversion, in place of {own}")
                 stated[key] = value
         if stated:
-            recipe = dataclasses.replace(
-                recipe, **{f"stage{number}": dataclasses.replace(recipe.stage(number), **stated)}
-            )
+            recipe = recipe.with_stage(number, **stated)
     return recipe, tuple(notes)
 
 
 def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
     config, size = recipe.teacher, recipe.data.image_size
-    if len(size) != 2:
-        raise ValueError(f"data.image_size must be [height, width] in pixels, not {size}")
+    named = resolve_name(config.name, config.model_args)
     # Without memory for its weights: only what it was trained with and what it takes are read off it.
     with torch.device("meta"):
-        outline = build_backbone(config.name, size, config.model_args)
-    mean, std = (recipe.data.mean or outline.default_cfg["mean"]), (recipe.data.std or outline.default_cfg["std"])
+        outline = build_backbone(named.architecture, size, named.model_args)
+    mean = recipe.data.mean or named.mean or outline.default_cfg["mean"]
+    std = recipe.data.std or named.std or outline.default_cfg["std"]
+    checkpoint = _teacher_checkpoint(recipe, named)
+    if checkpoint is not None:
+        read_checkpoint(outline, checkpoint)
+    elif config.pretrained and config.checkpoint is None:
+        # Now, and not when a stage has begun: weights may be out of reach, or not fit.
+        load_teacher(config.name, size, pretrained=True, model_args=config.model_args)
     teacher = TeacherPlan(
-        config.name,
-        dict(config.model_args),
+        # A repository's name stays: its files may lie elsewhere on another node.
+        config.name if named.repository else named.architecture,
+        dict(config.model_args) if named.repository else named.model_args,
         tuple(size),
-        checkpoint=_teacher_checkpoint(recipe),
-        pretrained=config.pretrained and config.checkpoint is None,
+        checkpoint,
+        pretrained=config.pretrained and config.checkpoint is None and checkpoint is None,
         seed=recipe.seed,
-        digest=_teacher_digest(recipe),
+        digest=_teacher_digest(recipe, named),
     )
     data = DataPlan(
         tuple(size),
@@ -307,8 +313,8 @@ def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
         recipe.evaluation.batch_size,
     )
     student = StudentDescription(
-        backbone=config.name,
-        model_args=dict(config.model_args),
+        backbone=named.architecture,
+        model_args=named.model_args,
         image_size=list(size),
         mechanism=recipe.mechanism,
         mechanism_options=dict(recipe.mechanism_options),
@@ -319,18 +325,20 @@ def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
     return ModelPlan(teacher, student, load_ds_config(recipe.ds_config), recipe.seed), data
 
 
-def _teacher_checkpoint(recipe: Recipe) -> Path | None:
-    named = recipe.teacher.checkpoint
-    if named in (None, RANDOM):
+def _teacher_checkpoint(recipe: Recipe, named: NamedModel) -> Path | None:
+    config = recipe.teacher
+    if config.checkpoint is None and config.pretrained and named.folder is not None:
+        return named.weights()
+    if config.checkpoint in (None, RANDOM):
         return None
-    path = TEACHER_PATH if named == EMBEDDED else Path(named).expanduser()
-    if not path.is_file():
+    path = TEACHER_PATH if config.checkpoint == EMBEDDED else Path(config.checkpoint).expanduser()
+    if not path.exists():
         raise ValueError(f"teacher.checkpoint {path} does not exist")
     return path
 
 
-def _teacher_digest(recipe: Recipe) -> str:
-    path = _teacher_checkpoint(recipe)
+def _teacher_digest(recipe: Recipe, named: NamedModel) -> str:
+    path = _teacher_checkpoint(recipe, named)
     if path is not None:
         return file_digest(path)
     if recipe.teacher.checkpoint == RANDOM:
@@ -340,7 +348,8 @@ def _teacher_digest(recipe: Recipe) -> str:
             "the teacher has no weights: name a file in teacher.checkpoint, or set teacher.pretrained true to fetch "
             f"them (teacher.checkpoint {RANDOM} makes a random network on purpose)"
         )
-    return f"timm's pretrained weights of {recipe.teacher.name}"
+    path = named.weights()
+    return f"timm's pretrained weights of {named.architecture}" if path is None else file_digest(path)
 
 
 def _resolve_stage(
@@ -366,6 +375,8 @@ def _resolve_stage(
     if task is not None:
         read.check_targets(task, sources, sources_key)
         read.check_targets(task, recipe.data.val, "data.val")
+        if (different := read.missing_labels(sources, recipe.data.val)) is not None:
+            raise ValueError(f"{sources_key} and data.val do not have the same labels: {different}")
     micro, accumulation = _divide_batch(number, config)
     trainable = QKV_PATTERNS if getattr(config, "trainable", "all") == "qkv" else step.trainable
     return StagePlan(
@@ -428,26 +439,28 @@ def _stage_conditions(
         "data.mean": list(data.mean),
         "data.std": list(data.std),
         "data.shuffle_buffer": data.shuffle_buffer,
-        f"stage{number}.train_data or data.train (its shards)": _index_digest(training),
+        f"stage{number}.train_data or data.train (its shards)": _index_digest(training, step.stage == "finetuning"),
         "ds_config (its precision)": model.precision.precision,
         **own,
     }
 
 
-def _index_digest(index: ShardIndex) -> str:
-    """What identifies a data set wherever it lies: names, samples and bytes of its shards."""
-    return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards])
+def _index_digest(index: ShardIndex, labelled: bool) -> str:
+    """What identifies a data set wherever it lies: names, samples and bytes of its shards, and what its labels mean."""
+    classes = [shard.classes for shard in index.shards if shard.classes is not None][:1] if labelled else []
+    return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards] + classes)
 
 
-def _resolve_evaluation(recipe: Recipe, read: Sources) -> EvaluationPlan:
+def _resolve_evaluation(recipe: Recipe, read: Sources) -> tuple[EvaluationPlan, str | None]:
+    """How the run's models are scored, and why they have no scores, if they have none."""
     config = recipe.evaluation
     probe_sources = config.probe_train or recipe.data.train
-    labelled = read.is_labelled(recipe.data.val) and read.is_labelled(probe_sources)
-    held_out, probe_train = read.index(recipe.data.val), read.index(probe_sources) if labelled else None
+    missing = read.missing_labels(recipe.data.val, probe_sources)
+    held_out, probe_train = read.index(recipe.data.val), None if missing else read.index(probe_sources)
     conditions = {
-        "data.val": _index_digest(held_out),
-        "evaluation.probe_train": _index_digest(probe_train) if probe_train else None,
+        "data.val": _index_digest(held_out, probe_train is not None),
+        "evaluation.probe_train": _index_digest(probe_train, True) if probe_train else None,
         "evaluation.probe_samples": config.probe_samples,
         "evaluation.probe_l2": config.probe_l2,
     }
-    return EvaluationPlan(held_out, probe_train, config.probe_samples, config.probe_l2, conditions)
+    return EvaluationPlan(held_out, probe_train, config.probe_samples, config.probe_l2, conditions), missing

@@ -8,6 +8,7 @@ it replaces by a rename when it is complete. Only rank 0 writes here; what it fi
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -72,6 +73,12 @@ class StageFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / ATTEMPT, dict(conditions))
 
+    def begin_as(self, finished: "StageFolder") -> None:
+        """Takes over a finished stage's checkpoints and metrics, to go on from there; that folder stays as it is."""
+        others = shutil.ignore_patterns("*.json", "*.safetensors", finished.checkpoints.name)
+        shutil.copytree(finished.path, self.path, ignore=others)
+        shutil.copytree(finished.checkpoints, self.checkpoints, copy_function=_link)
+
     def record(self) -> StageRecord | None:
         """What the stage was finished with; None where it is not finished."""
         values = read_json(self.path / FINISHED)
@@ -86,6 +93,14 @@ class StageFolder:
     def finish(self, record: StageRecord) -> None:
         """The last file that a stage writes."""
         write_json(self.path / FINISHED, asdict(record))
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that nobody writes into; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @dataclass(frozen=True)
@@ -187,7 +202,7 @@ class RunFolder:
 
 def _lock(path: Path) -> int:
     """An open descriptor that holds the lock; the system lets go of it when the process ends, however it ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         # Not flock: data workers would inherit it, and hold it a moment longer than a killed trainer.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

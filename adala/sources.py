@@ -1,4 +1,4 @@
-"""The data sets that a recipe names: their shards, and what their first samples say of labels."""
+"""The data sets that a recipe names: their shards, and what their first samples say of images and labels."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -7,20 +7,29 @@ from pathlib import Path
 import torch
 
 from adala.data import ShardIndex, load_index, write_embedded
-from adala.data.samples import LABEL_FIELD, DecodeError, RawSample, decode, read_shard
+from adala.data.index import Census, refuse_unusable, take_census
+from adala.data.labels import MissingLabelError, read_label
+from adala.data.samples import DecodeError, RawSample, read_shard
 from adala.tasks import Task
 
 EMBEDDED = "embedded"
-# Samples that are looked at to see whether a data set has labels, and which.
+# How many samples are looked at, and in how many shards, spread over the data set.
 PEEKED_SAMPLES = 64
+PEEKED_SHARDS = 8
 
 
 class Sources:
-    """Reads each list of shards once, and looks at its first samples once."""
+    """Reads each list of shards once, and looks at some of its samples once."""
 
-    def __init__(self, embedded: Path):
-        """``embedded`` is where the embedded data set is written when it is first asked for."""
+    def __init__(self, embedded: Path, classes: str | None = None):
+        """Starts from nothing.
+
+        Args:
+            embedded: Where the embedded data set is written when it is first asked for.
+            classes: File with the names of classes; None takes those beside the shards.
+        """
         self._embedded = embedded
+        self._classes = classes
         self._read: dict[tuple[str, ...], ShardIndex] = {}
         self._peeked: dict[tuple[str, ...], list[RawSample]] = {}
 
@@ -28,13 +37,14 @@ class Sources:
         """The shards behind ``sources``; those of the embedded data set are written when first asked for.
 
         Raises:
-            ValueError: See ``adala.data.load_index``.
+            ValueError: See ``adala.data.load_index``; or most of the samples that were looked at cannot be used.
         """
         key = tuple(sources)
         if key not in self._read:
             if any(source.startswith(f"{EMBEDDED}:") for source in sources):
                 write_embedded(self._embedded)
-            self._read[key] = load_index([self._pattern(source) for source in sources])
+            self._read[key] = load_index([self._pattern(source) for source in sources], self._classes)
+            self._refuse_unusable(sources)
         return self._read[key]
 
     def _pattern(self, source: str) -> str:
@@ -45,19 +55,41 @@ class Sources:
             raise ValueError(f"{source}: the embedded data are embedded:train and embedded:val")
         return str(self._embedded / f"{split}-*.tar")
 
+    def _refuse_unusable(self, sources: Sequence[str]) -> None:
+        """An index from elsewhere says nothing of what the samples hold."""
+        samples = self.first_samples(sources)
+        census = sum((take_census(raw.id, raw.fields) for raw in samples), Census())
+        refuse_unusable(census, ", ".join(sources))
+
     def first_samples(self, sources: Sequence[str]) -> list[RawSample]:
-        key = tuple(sources)
+        """The first samples of some shards, spread over the data set: as many of each as make 64 together."""
+        key, index = tuple(sources), self.index(sources)
         if key not in self._peeked:
-            index = self.index(sources)
-            filled = next((shard for shard in index.shards if shard.samples), None)
-            count = min(PEEKED_SAMPLES, filled.samples) if filled else 0
-            self._peeked[key] = list(islice(read_shard(filled, range(count)), count)) if count else []
+            filled = [shard for shard in index.shards if shard.samples]
+            chosen = filled[:: -(-len(filled) // PEEKED_SHARDS) or 1]
+            counts = [min(-(-PEEKED_SAMPLES // len(chosen)), shard.samples) for shard in chosen]
+            peeked = [islice(read_shard(shard, range(n)), n) for shard, n in zip(chosen, counts, strict=True)]
+            self._peeked[key] = [raw for samples in peeked for raw in samples]
         return self._peeked[key]
 
-    def is_labelled(self, sources: Sequence[str]) -> bool:
-        """Whether more than half of the first samples have a label."""
-        samples = self.first_samples(sources)
-        return 2 * sum(LABEL_FIELD in sample.fields for sample in samples) > len(samples)
+    def missing_labels(self, *data_sets: Sequence[str]) -> str | None:
+        """Why these data sets have no labels to train or score by, in words; None where all have.
+
+        A shard has labels where more than half of its samples have. All must have them: whoever mixes shards with and
+        without means something else than that the ones without are all bad samples.
+        """
+        by_shard: dict[str, list[str | None]] = {}
+        samples = [raw for sources in data_sets for raw in self.first_samples(sources)]
+        for raw in samples:
+            by_shard.setdefault(raw.shard.url, []).append(_label_fault(raw))
+        for url, faults in by_shard.items():
+            found = [fault for fault in faults if fault is not None]
+            if 2 * len(found) >= len(faults):
+                return f"most samples of {url} have no label that can be used ({found[0]})"
+        lists = {raw.shard.classes: raw.shard.url for raw in samples if raw.shard.classes is not None}
+        if len(lists) > 1:
+            return f"{' and '.join(list(lists.values())[:2])} lie beside different lists of classes"
+        return None
 
     def check_targets(self, task: Task, sources: Sequence[str], key: str) -> None:
         """Refuses a data set whose first samples the task cannot be trained or scored on.
@@ -65,16 +97,25 @@ class Sources:
         Raises:
             ValueError: No labels, or one that the task cannot have; the message names ``key``.
         """
-        if not self.is_labelled(sources):
-            raise ValueError(
-                f"Stage 3 needs labels, and the samples of {key} have no .{LABEL_FIELD} files: name labelled shards"
-            )
+        missing = self.missing_labels(sources)
+        if missing is not None:
+            raise ValueError(f"Stage 3 needs labels, and {key} has none: {missing}; name labelled shards")
         for raw in self.first_samples(sources):
-            try:
-                label = decode(raw, labelled=True).label
-            except DecodeError:
+            if _label_fault(raw) is not None:
                 continue
+            label = read_label(raw.fields, raw.shard.classes)
             try:
                 task.target({"label": torch.tensor([label])}, torch.device("cpu"))
             except ValueError as error:
                 raise ValueError(f"{key}, sample {raw.id}: {error}") from error
+
+
+def _label_fault(raw: RawSample) -> str | None:
+    """What is wrong with a sample's label, in words; None where nothing is."""
+    try:
+        read_label(raw.fields, raw.shard.classes)
+    except MissingLabelError:
+        return "no file .cls, .label, .json or .txt holds one"
+    except DecodeError as error:
+        return str(error)
+    return None

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed, to_2tuple
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -64,6 +65,22 @@ class LinearizedVisionTransformer(VisionTransformer):
         """
         _refuse_mask(attn_mask, is_causal)
         return super().forward_intermediates(x, *args, attn_mask=self.token_layout(x), **kwargs)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """timm's; the mixers are told of the new grid, too, and what they hold for each token is resampled to it.
+
+        Raises:
+            ValueError: An image size that the patch size does not divide.
+        """
+        size, patch = img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
+        check_divisible(to_2tuple(size), to_2tuple(patch))
+        super().set_input_size(None if img_size is None else to_2tuple(img_size), patch_size)
+        layout = TokenLayout(tuple(self.patch_embed.grid_size), self.num_prefix_tokens)
+        for attention in linearized_blocks(self).values():
+            if attention.token_mixer.shape.layout != layout:
+                attention.token_mixer.resize(layout)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
@@ -125,21 +142,46 @@ def linearized_blocks(student: LinearizedVisionTransformer) -> dict[int, Attenti
     return {i: block.attn for i, block in enumerate(student.blocks) if isinstance(block.attn, AttentionShell)}
 
 
+def check_divisible(image_size: Sequence[int], patch_size: Sequence[int]) -> None:
+    """Refuses an image size (height, width) that the patch size does not divide, with a ValueError."""
+    if any(size % patch for size, patch in zip(image_size, patch_size, strict=True)):
+        nearest = [max(patch, size // patch * patch) for size, patch in zip(image_size, patch_size, strict=True)]
+        raise ValueError(
+            f"image size {image_size[0]} x {image_size[1]} is not divisible by the patch size {patch_size[0]} x "
+            f"{patch_size[1]}: {nearest[0]} x {nearest[1]} would be"
+        )
+
+
 def check_supported(model: nn.Module) -> None:
     """Refuses what is not a plain ViT with global self-attention.
 
     Raises:
         ValueError: Names the module that is in the way and what it is.
     """
+    if isinstance(model, LinearizedVisionTransformer):
+        raise ValueError("this model is linearized already: linearize its teacher")
     if not isinstance(model, VisionTransformer):
         raise ValueError(
             f"{type(model).__name__} is not a plain timm ViT (timm.models.vision_transformer.VisionTransformer): "
             "windowed, rotary and hierarchical models are not supported"
         )
+    # Exact types, here and below: a subclass may mean other tokens, another output or another attention (a
+    # distillation token and head, a convolutional stem, windows, differences of two maps, a shared projection).
+    if type(model) is not VisionTransformer:
+        raise ValueError(
+            f"the model is a {type(model).__name__}; only timm's plain VisionTransformer is supported, whose prefix "
+            "tokens are a class token and registers"
+        )
+    if type(model.patch_embed) is not PatchEmbed:
+        raise ValueError(
+            f"patch_embed is a {type(model.patch_embed).__name__}; only timm's plain PatchEmbed, one convolution, is "
+            "supported"
+        )
     if not isinstance(model.patch_drop, nn.Identity):
         raise ValueError("patch_drop: models that drop patches are not supported; build it with patch_drop_rate=0")
+    if len(model.blocks) == 0:
+        raise ValueError("blocks: the model has none; build it with a depth of at least 1")
     for index, block in enumerate(model.blocks):
-        # Exact types: a subclass may mean another attention (windows, differences of two maps, a shared projection).
         if type(block) is not Block:
             raise ValueError(f"blocks.{index} is a {type(block).__name__}; only timm's plain Block is supported")
         if type(block.attn) is not Attention:

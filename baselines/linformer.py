@@ -56,7 +56,6 @@ class LinformerMixer(TokenMixer):
 
     def __init__(self, shape: AttentionShape, options: LinformerOptions | None = None):
         super().__init__(shape, options)
-        self.layout = shape.layout
         num_tokens = shape.layout.num_tokens
         num_rows = min(self.options.num_landmarks, num_tokens)
         if self.options.init == "segments":
@@ -79,7 +78,7 @@ class LinformerMixer(TokenMixer):
         if num_tokens > self.key_projection.shape[0]:
             raise ValueError(
                 f"{num_tokens} tokens, but this Linformer layer has projections for {self.key_projection.shape[0]}: "
-                "call resize(layout) on the mixers for the larger image size"
+                "call set_input_size on the model, or resize(layout) on the mixers, for the larger image size"
             )
         scale = q.shape[-1] ** -0.5 if self.options.scale is None else self.options.scale
         with full_precision(v):
@@ -104,18 +103,19 @@ class LinformerMixer(TokenMixer):
         Raises:
             ValueError: Another number of prefix tokens than before.
         """
-        if layout.num_prefix_tokens != self.layout.num_prefix_tokens:
+        before = self.shape.layout
+        if layout.num_prefix_tokens != before.num_prefix_tokens:
             raise ValueError(
                 f"resize to {layout.num_prefix_tokens} prefix tokens, but these projections were made for "
-                f"{self.layout.num_prefix_tokens}: only the patch grid can change"
+                f"{before.num_prefix_tokens}: only the patch grid can change"
             )
         self.key_projection = nn.Parameter(
-            _resize_rows(self.key_projection, self.layout, layout), self.key_projection.requires_grad
+            _resize_rows(self.key_projection, before, layout), self.key_projection.requires_grad
         )
         self.value_projection = nn.Parameter(
-            _resize_rows(self.value_projection, self.layout, layout), self.value_projection.requires_grad
+            _resize_rows(self.value_projection, before, layout), self.value_projection.requires_grad
         )
-        self.layout = layout
+        super().resize(layout)
 
 
 def _resize_rows(projection: Tensor, old: TokenLayout, new: TokenLayout) -> Tensor:

@@ -12,7 +12,7 @@ from adala.build import build_scorer, build_teacher
 from adala.config import Recipe, load_recipe
 from adala.conversion import STAGE_NAMES
 from adala.distributed import device, say
-from adala.evaluation import Scorer
+from adala.evaluation import Candidate, Scorer
 from adala.export import load_classifier, load_student
 from adala.files import remove_tree
 from adala.plan import conversion_of, resolve_run, run_folder
@@ -77,10 +77,10 @@ def adapt(row: AccuracyRow, arguments: Sequence[str], total_images: int, scorer:
     for number, count in steps.items():
         train_stage(arguments, number, count)
     if 2 in steps:
-        aligned = scorer.frozen(load_student(run.stage(2).path).to(device()))
+        aligned = scorer.score(Candidate(load_student(run.stage(2).path).to(device())))
         row.aligned_top1, row.aligned_cosine = aligned.value, aligned.metrics["feature_cosine"]
     tuned = load_classifier(run.stage(3).path).to(device())
-    score = scorer.tuned(tuned.student, tuned.head, tuned.task)
+    score = scorer.score(Candidate(tuned.student, tuned.head, tuned.task))
     row.top1, row.feature_cosine = score.value, score.metrics["feature_cosine"]
     if row.teacher_top1:
         row.kept = row.top1 / row.teacher_top1
@@ -114,7 +114,7 @@ def measure_accuracy(
     plan = resolve_run(load_recipe(shared[1], shared[2:]), ())
     teacher = build_teacher(plan.model.teacher)
     scorer = build_scorer(plan.data, plan.evaluation, teacher)
-    teacher_top1 = scorer.frozen(teacher).value
+    teacher_top1 = scorer.score(Candidate(teacher)).value
     if teacher_top1 is None:
         raise ValueError("accuracy needs labels, and the samples of data.val or data.train have no .cls files")
     say(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %")

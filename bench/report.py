@@ -57,8 +57,8 @@ def write_report(folder: Path, results: Results) -> None:
     """Writes ``results.json``, ``report.md`` and ``report.html``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", to_json(results))
-    (folder / "report.md").write_text(markdown(results))
-    (folder / "report.html").write_text(page(results))
+    (folder / "report.md").write_text(markdown(results), encoding="utf-8")
+    (folder / "report.html").write_text(page(results), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

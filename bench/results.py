@@ -134,7 +134,7 @@ def read_results(path: Path) -> Results:
     Raises:
         ValueError: It has another schema, or a row has other fields than this version writes.
     """
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_text(encoding="utf-8"))
     if stored.pop("schema", None) != SCHEMA_VERSION:
         raise ValueError(f"{path} has another schema than {SCHEMA_VERSION}")
     try:

@@ -160,7 +160,7 @@ def load_average() -> float | None:
 
 def _cpu_name() -> str:
     described = Path("/proc/cpuinfo")
-    text = described.read_text() if described.exists() else ""
+    text = described.read_text(encoding="utf-8") if described.exists() else ""
     named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
     return named[1].strip() if named else (not text and platform.processor()) or platform.machine()
 

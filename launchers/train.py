@@ -6,35 +6,32 @@ deepspeed launchers/train.py --stage all --recipe dinov2_large --stage1.lr 5e-4
 
 import sys
 
-from adala.config import parse_command
-from adala.distributed import (
-    SharedError,
-    close_distributed,
-    has_lost_peer,
-    init_distributed,
-    rank,
-    report_error,
-)
-from adala.pipeline import run_stages
+from adala.distributed import SharedError, close_distributed, init_distributed, local_rank, report_failure
 
 
 def main(arguments: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name that the locale cannot print must not end a run.
+        stream.reconfigure(errors="backslashreplace")
+    folder = None
     try:
-        command = parse_command(arguments)
-    except ValueError as error:
-        report_error(SharedError(str(error)))
-        return 1
-    try:
+        # Not above: what cannot be imported is told as any other fault is.
+        from adala.config import parse_command
+        from adala.pipeline import run_stages
+        from adala.plan import run_folder
+
+        try:
+            command = parse_command(arguments)
+        except ValueError as error:
+            if local_rank() == 0:
+                raise
+            # The ranks of one machine read the same: one of them tells.
+            raise SharedError(str(error)) from error
+        folder = run_folder(command.recipe).path
         init_distributed()
         run_stages(command.recipe, command.stages, command.overwrite)
-    except (ValueError, OSError) as error:
-        report_error(error)
-        return 1
-    except RuntimeError as error:
-        if not has_lost_peer(error):
-            raise
-        print(f"rank {rank()}: another rank has ended, and says why", file=sys.stderr, flush=True)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, folder)
     close_distributed()
     return 0
 

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.ds_config", "adala.similarity"},
     {"adala.losses", "adala.conversion"},
     {"adala.attention"},
-    {"adala.config", "adala.distributed", "adala.files"},
+    {"adala.config", "adala.distributed", "adala.files", "adala.weights"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
 

@@ -3,7 +3,7 @@
 Shapes: B batch, H heads, N tokens, d head dim, D embed dim (D = H d for every plain ViT).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -74,6 +74,14 @@ class TokenMixer(nn.Module):
         What changes in the course of training changes here, as a function of the step alone: forward passes are more
         or fewer depending on micro-batches and recomputation.
         """
+
+    def resize(self, layout: TokenLayout) -> None:
+        """Called when the model is set to another image size; what is held for each token changes with it.
+
+        Args:
+            layout: The layout at the model's own image size from now on.
+        """
+        self.shape = replace(self.shape, layout=layout)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
         """What ``forward`` has to give, by way of the N x N matrix: for tests, and before a mechanism is timed.

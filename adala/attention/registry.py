@@ -35,12 +35,19 @@ def resolve_mechanism(name: str) -> type[TokenMixer]:
     """The token mixer class of a mechanism.
 
     Raises:
-        ValueError: No mechanism has this name; the message lists those there are.
+        ValueError: No mechanism has this name (the message lists those there are), or its package cannot be imported.
     """
     if name not in _targets():
         raise ValueError(f"unknown mechanism {name!r}: known are {', '.join(mechanism_names())}")
     module, _, attribute = _targets()[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        # Anybody's code runs here, which may fail at anything.
+        raise ValueError(
+            f"mechanism {name!r} cannot be imported from {_targets()[name]} ({type(error).__name__}: {error}): mend or "
+            "uninstall the package that offers it"
+        ) from error
 
 
 def build_mixer(name: str, shape: AttentionShape, options: Mapping[str, Any] | None = None) -> TokenMixer:

@@ -2,27 +2,40 @@
 
 import argparse
 import io
-import json
+import os
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from webdataset import ShardWriter
 
+from adala.data.addresses import local_path
 from adala.data.embedded import load_split
-from adala.data.index import INDEX_NAME, Shard, count_samples, load_index, read_index, write_index
-from adala.data.samples import DecodeError, decode_image
+from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
+from adala.data.index import (
+    CLASSES_NAMES,
+    Shard,
+    count_samples,
+    load_classes,
+    load_index,
+    own_index,
+    read_index,
+    write_index,
+)
+from adala.files import write_json
 
-CLASSES_NAME = "classes.json"
+CLASSES_NAME = CLASSES_NAMES[0]
 EMBEDDED_SAMPLES_PER_SHARD = 2000
 EMBEDDED_SAMPLES = {"train": 16_000, "val": 4_000}
-# Extension of a file -> extension in the shard.
-IMAGE_SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+# Left behind by macOS in archives.
+NO_CLASSES = ("__MACOSX",)
 
 
 def write_shards(samples: Iterable[dict[str, Any]], folder: str | Path, split: str, samples_per_shard: int) -> None:
@@ -39,19 +52,25 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: str | Path, split: s
         samples_per_shard: Of all shards but the last.
 
     Raises:
-        ValueError: No samples, or the folder has an ``index.json`` that is not one.
+        ValueError: No samples, or a split with a folder in its name.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    if not split or "/" in split:
+        raise ValueError(f"the split {split!r} is no name of a file: choose one such as train or val")
+    if samples_per_shard < 1:
+        raise ValueError(f"a shard holds at least one sample, not {samples_per_shard}")
+    samples = iter(samples)
+    first = list(islice(samples, 1))
+    if not first:
+        raise ValueError(f"there are no samples to write as the split {split!r} of {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     kept = _shards_of_other_splits(folder, split)
     temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
     try:
-        _write_tars(samples, temporary / f"{split}-%05d.tar", samples_per_shard)
+        _write_tars(chain(first, samples), temporary, split, samples_per_shard)
         paths = sorted(temporary.glob("*.tar"))
-        shards = [Shard(str(folder / path.name), count_samples(path), path.stat().st_size) for path in paths]
-        if not any(shard.samples for shard in shards):
-            raise ValueError(f"there are no samples to write as the split {split!r} of {folder}")
-        if (folder / INDEX_NAME).exists():
+        shards = [Shard(str(folder / path.name), count_samples(path).samples, path.stat().st_size) for path in paths]
+        if own_index(folder).exists():
             write_index(folder, kept)
         for old in folder.glob("*.tar"):
             if _is_of_split(old.name, split):
@@ -64,7 +83,7 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: str | Path, split: s
 
 
 def _shards_of_other_splits(folder: Path, split: str) -> list[Shard]:
-    if not (folder / INDEX_NAME).exists():
+    if not own_index(folder).exists():
         return []
     return [shard for name, shard in read_index(f"{folder}/").items() if not _is_of_split(name, split)]
 
@@ -74,9 +93,11 @@ def _is_of_split(name: str, split: str) -> bool:
     return stem == split and number.isdigit()
 
 
-def _write_tars(samples: Iterable[dict[str, Any]], pattern: Path, samples_per_shard: int) -> None:
+def _write_tars(samples: Iterable[dict[str, Any]], folder: Path, split: str, samples_per_shard: int) -> None:
+    # The writer puts numbers into it with %.
+    pattern = str(folder / split).replace("%", "%%") + "-%05d.tar"
     # A fixed time, so that the same samples give the same bytes.
-    with ShardWriter(str(pattern), maxcount=samples_per_shard, maxsize=float("inf"), verbose=0, mtime=0) as writer:
+    with ShardWriter(pattern, maxcount=samples_per_shard, maxsize=float("inf"), verbose=0, mtime=0) as writer:
         for number, sample in enumerate(samples):
             writer.write({"__key__": f"{number:08d}", **sample})
 
@@ -106,68 +127,143 @@ def _embedded_samples(split: str) -> Iterator[dict[str, Any]]:
         yield {"png": stream.getvalue(), "cls": int(label)}
 
 
+@dataclass
+class Packed:
+    """What became of a folder of images.
+
+    Attributes:
+        classes: Names of the classes; None where the images have no labels.
+        images: How many went into the shards.
+        left_out: Files that did not, and why.
+        empty_classes: Classes without an image.
+    """
+
+    classes: list[str] | None
+    images: int = 0
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    empty_classes: list[str] = field(default_factory=list)
+
+
 def write_image_folder(
     source: str | Path, folder: str | Path, split: str, samples_per_shard: int = 1000, seed: int = 0
-) -> list[Path]:
-    """Writes a folder of images, one sub-folder a class, as shards with labels, and ``classes.json`` beside them.
+) -> Packed:
+    """Writes a folder of images as shards: with labels where it has a sub-folder for each class, without them else.
 
     Images are copied as they are, in an order shuffled by ``seed``: a shard is to hold many classes, because reading
-    shuffles within a buffer only. ``classes.json`` lists the sub-folders' names, sorted, each at its label's place.
-
-    Returns:
-        Files that were left out because they cannot be decoded.
+    shuffles within a buffer only. ``classes.json`` beside the shards lists the sub-folders' names, sorted, each at its
+    label's place; a further split takes its numbers from there. Hidden files and folders are passed over.
 
     Raises:
-        ValueError: No class or no image in ``source``, or ``folder`` has shards of other classes.
+        ValueError: No image in ``source``, or a class that the ``classes.json`` of ``folder`` does not have.
     """
-    names = sorted(path.name for path in Path(source).iterdir() if path.is_dir())
-    if not names:
-        raise ValueError(
-            f"{source} holds no sub-folders: it needs one for each class, with its images inside "
-            "(a single one for images without labels)"
-        )
-    _write_classes(Path(folder), names)
-    files = [
-        (path, label)
-        for label, name in enumerate(names)
-        for path in sorted((Path(source) / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    source, folder = Path(local_path(str(source))), Path(local_path(str(folder)))
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder: name the one in which the images lie")
+    names = sorted(path.name for path in source.iterdir() if path.is_dir() and not _is_passed_over(path.name))
+    packed = Packed(_classes_of(folder, names))
+    files = list(_images_by_class(source, names, packed))
+    if not files:
+        raise ValueError(f"{source} holds no images, which are files .{', .'.join(IMAGE_FIELDS)}")
     random.Random(seed).shuffle(files)
-    left_out: list[Path] = []
-    write_shards(_readable_samples(files, left_out), folder, split, samples_per_shard)
-    return left_out
+    write_shards(_readable_samples(files, packed), folder, split, samples_per_shard)
+    if packed.classes is not None:
+        write_json(folder / CLASSES_NAME, packed.classes)
+    return packed
 
 
-def _readable_samples(files: Iterable[tuple[Path, int]], left_out: list[Path]) -> Iterator[dict[str, Any]]:
-    """Samples of those files that decode; the others are added to ``left_out``."""
-    for path, label in files:
-        content = path.read_bytes()
-        try:
-            decode_image(content)
-        except DecodeError:
-            left_out.append(path)
-        else:
-            yield {IMAGE_SUFFIXES[path.suffix.lower()]: content, "cls": label}
+def _is_passed_over(name: str) -> bool:
+    """Whether a file or folder is no part of the data: ``.ipynb_checkpoints``, macOS' ``._NAME``."""
+    return name.startswith(".") or name in NO_CLASSES
 
 
-def _write_classes(folder: Path, names: list[str]) -> None:
-    path = folder / CLASSES_NAME
-    if path.exists() and json.loads(path.read_text()) != names:
+def _classes_of(folder: Path, names: list[str]) -> list[str] | None:
+    """The classes in the order of their numbers: those that the folder's shards have already, else ``names``."""
+    present = [folder / name for name in CLASSES_NAMES if (folder / name).exists()]
+    known = list(load_classes(str(present[0]))) if present else names
+    new = sorted(set(names) - set(known))
+    # One folder is no class: of a label that is always the same nothing is learnt, and every model scores 100 %.
+    if not names or len(known) == 1 or (len(names) == 1 and new):
+        return None
+    if new:
         raise ValueError(
-            f"{path} lists other classes than the new split has, and labels would not agree: write to another folder, "
-            "or give both splits the same sub-folders"
+            f"{present[0]} lists other classes than the new split has ({new[0]!r} is not among them), and labels would "
+            "not agree: write to another folder, or give both splits the same sub-folders"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(names, indent=1))
+    return known
+
+
+def _images_by_class(source: Path, names: list[str], packed: Packed) -> Iterator[tuple[Path, int | None]]:
+    """The images and their labels; what is none is added to what is left out."""
+    for path in _files_below(source, names=()):
+        if packed.classes is not None:
+            packed.left_out.append((path, "it lies beside the folders of the classes"))
+        elif _is_image(path, packed):
+            yield path, None
+    for name in names:
+        label = None if packed.classes is None else packed.classes.index(name)
+        images = [path for path in _files_below(source / name) if _is_image(path, packed)]
+        packed.empty_classes += [] if images else [name]
+        yield from ((path, label) for path in images)
+
+
+def _is_image(path: Path, packed: Packed) -> bool:
+    if path.suffix.lower().removeprefix(".") in IMAGE_FIELDS:
+        return True
+    packed.left_out.append((path, "its name is not that of an image"))
+    return False
+
+
+def _files_below(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
+    """Files in a folder and all folders below it, links followed; with ``names``, below these alone."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        # A link that leads back up would be followed for ever.
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        inside = folders if names is None or parent != str(folder) else names
+        folders[:] = sorted(name for name in inside if not _is_passed_over(name))
+        found += [Path(parent) / name for name in sorted(files) if not _is_passed_over(name)]
+    return found
+
+
+def _readable_samples(files: Iterable[tuple[Path, int | None]], packed: Packed) -> Iterator[dict[str, Any]]:
+    """Samples of those files that decode; the others are added to what is left out."""
+    for path, label in files:
+        try:
+            content = path.read_bytes()
+            decode_image(content)
+        except (DecodeError, OSError) as error:
+            packed.left_out.append((path, f"it cannot be decoded: {error}"))
+            continue
+        packed.images += 1
+        yield {path.suffix.lower().removeprefix("."): content} | ({} if label is None else {"cls": label})
+    if not packed.images:
+        path, reason = packed.left_out[-1]
+        raise ValueError(f"none of the images can be read, as {path}: {reason}")
+
+
+def _say(packed: Packed) -> None:
+    """What came of it, on stderr what is missing."""
+    if packed.left_out:
+        print(f"left out {len(packed.left_out)} files:", file=sys.stderr)
+        for path, reason in packed.left_out:
+            print(f"  {path}: {reason}", file=sys.stderr)
+    if packed.empty_classes:
+        print(f"classes without an image: {', '.join(packed.empty_classes)}", file=sys.stderr)
+    labels = f"{len(packed.classes)} classes" if packed.classes else "no labels, since there are no folders of classes"
+    print(f"{packed.images} images, {labels}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit code is 1 after a mistake, which is one sentence."""
     parser = argparse.ArgumentParser(prog="python -m adala.data.pack", description="Write WebDataset shards.")
     commands = parser.add_subparsers(dest="command", required=True)
-    images = commands.add_parser("imagefolder", help="a folder of images, one sub-folder a class")
-    images.add_argument("source", help="folder with a sub-folder for each class (a single one without labels)")
+    images = commands.add_parser("imagefolder", help="a folder of images, with labels by sub-folder")
+    images.add_argument("source", help="folder of images, or with a sub-folder for each class")
     images.add_argument("folder", help="where the shards go")
     images.add_argument("--split", default="train", help="name before the shards' numbers (train)")
     images.add_argument("--samples-per-shard", type=int, default=1000, help="samples in each shard (1000)")
@@ -175,21 +271,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     embedded = commands.add_parser("embedded", help="the embedded Fashion-MNIST slice")
     embedded.add_argument("folder", help="where the shards go")
     options = parser.parse_args(arguments)
-    left_out: list[Path] = []
     try:
         if options.command == "imagefolder":
-            left_out = write_image_folder(
+            packed = write_image_folder(
                 options.source, options.folder, options.split, options.samples_per_shard, options.seed
             )
+            _say(packed)
         else:
-            write_embedded(options.folder)
+            write_embedded(local_path(options.folder))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if left_out:
-        shown = ", ".join(map(str, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
-        print(f"left out {len(left_out)} files that cannot be decoded: {shown}", file=sys.stderr)
-    print(f"wrote {Path(options.folder) / INDEX_NAME}")
+    print(f"wrote {own_index(local_path(options.folder))}")
     return 0
 
 

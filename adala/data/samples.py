@@ -1,35 +1,27 @@
 """From shards to samples: reading tar files in sequence, decoding, and filling the slots of bad samples."""
 
 import http.client
-import io
 import logging
 import tarfile
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
 
-from PIL import Image, UnidentifiedImageError
-from webdataset.gopen import gopen
+from PIL import Image
 
-from adala.data.index import HTTP_TIMEOUT_S, Shard, ShardIndex, group_samples, index_command, is_remote
+from adala.data.addresses import is_remote, open_stream
+from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
+from adala.data.index import Shard, ShardIndex, image_field, index_command
+from adala.data.labels import read_label
 from adala.data.order import ShardSequence
+from adala.data.tars import Fields, read_samples
 
-# Exact extensions: `0001.seg.png` is the segmentation map of `0001.jpg`, and arrives under the name `seg.png`.
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-LABEL_FIELD = "cls"
 # Times in a row that a remote shard may break without one new sample between them before reading gives up.
 REMOTE_ATTEMPTS = 3
 # A worker's range may always hold so many bad samples, however short it is.
 MIN_BAD_SAMPLES = 10
 
 logger = logging.getLogger(__name__)
-
-
-class DecodeError(ValueError):
-    """A sample whose image or label cannot be decoded."""
 
 
 class BadDataError(ValueError):
@@ -57,7 +49,7 @@ class RawSample:
 
     shard: Shard
     key: str
-    fields: dict[str, Any]
+    fields: Fields
 
     @property
     def id(self) -> str:
@@ -68,48 +60,17 @@ def decode(raw: RawSample, labelled: bool = False) -> Sample:
     """Decodes the image to RGB, and the label where labels are asked for.
 
     Raises:
-        DecodeError: No image, a damaged one, or no label that is an integer although labels are asked for.
+        DecodeError: No image, a damaged one, or no label that is a class although labels are asked for.
     """
-    field = next((name for name in IMAGE_FIELDS if name in raw.fields), None)
+    field = image_field(raw.fields)
     if field is None:
         raise DecodeError(f"no image: it has the files {', '.join(sorted(raw.fields))}, and none of {IMAGE_FIELDS}")
-    try:
-        label = int(raw.fields[LABEL_FIELD]) if labelled else None
-    except KeyError as error:
-        raise DecodeError(f"it has no label, a `.{LABEL_FIELD}` file with an integer") from error
-    except ValueError as error:
-        raise DecodeError(f"its label is not an integer: {error}") from error
+    label = read_label(raw.fields, raw.shard.classes) if labelled else None
     try:
         image = decode_image(raw.fields[field])
     except DecodeError as error:
         raise DecodeError(f"its {field} cannot be decoded: {error}") from error
     return Sample(raw.id, image, label)
-
-
-def decode_image(content: bytes) -> Image.Image:
-    """The whole image of a file's bytes, as RGB.
-
-    Raises:
-        DecodeError: Damaged, cut short, or no image.
-    """
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:  # whose message names an address in memory
-        raise DecodeError("these bytes are no image") from error
-    except Exception as error:  # damaged bytes bring nearly any exception out of image codecs
-        raise DecodeError(repr(error)) from error
-
-
-def open_shard(url: str) -> BinaryIO:
-    """A stream of the bytes of a shard: a path or URL of any kind that WebDataset opens."""
-    if url.startswith(("http://", "https://")):
-        # WebDataset would start curl, which waits for ever on a stalled connection.
-        return urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S)
-    return gopen(url)
 
 
 def read_shard(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
@@ -144,12 +105,11 @@ def _read_once(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
         EOFError: The shard ends early.
     """
     taken = 0
-    with open_shard(shard.url) as stream:
-        for ordinal, sample in enumerate(group_samples(stream, shard.url)):
+    with open_stream(shard.url) as stream:
+        for ordinal, (key, fields) in enumerate(read_samples(stream, shard.url)):
             if ordinal != ordinals[taken]:
                 continue
-            fields = {name: content for name, content in sample.items() if not name.startswith("__")}
-            yield RawSample(shard, sample["__key__"], fields)
+            yield RawSample(shard, key, fields)
             taken += 1
             if taken == len(ordinals):
                 return
@@ -159,7 +119,7 @@ def _read_once(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
 def _unreadable(shard: Shard, ordinal: int, error: Exception) -> Exception:
     if isinstance(error, OSError) and not isinstance(error, tarfile.TarError):
         return OSError(f"cannot read the shard {shard.url}: {error}")
-    folder = shard.url.rpartition("/")[0] if is_remote(shard.url) else Path(shard.url).parent
+    folder = shard.url.rpartition("/")[0]
     return ValueError(
         f"the shard {shard.url} gave {ordinal} samples where its index lists {shard.samples} ({error}): fetch it "
         f"again, or write the index anew with `{index_command(folder)}`"

@@ -1,7 +1,7 @@
 """How models are scored: metrics against the teacher over a data set or block by block, probes on frozen features."""
 
 from adala.evaluation.block_errors import BlockErrors, BlockReport, measure_block_errors
-from adala.evaluation.evaluator import Collector, Evaluator, evaluate
+from adala.evaluation.evaluator import Candidate, Collector, Evaluator, evaluate, evaluate_all
 from adala.evaluation.features import FeatureCollector, Features, collect_features
 from adala.evaluation.linear_probe import fit_probe, linear_probe_top1
 from adala.evaluation.scoring import Score, Scorer
@@ -9,6 +9,7 @@ from adala.evaluation.scoring import Score, Scorer
 __all__ = [
     "BlockErrors",
     "BlockReport",
+    "Candidate",
     "Collector",
     "Evaluator",
     "FeatureCollector",
@@ -17,6 +18,7 @@ __all__ = [
     "Scorer",
     "collect_features",
     "evaluate",
+    "evaluate_all",
     "fit_probe",
     "linear_probe_top1",
     "measure_block_errors",

@@ -4,13 +4,14 @@ Shapes: B batch, N tokens, D embed dim.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adala.distributed import all_reduce_sum, device
+from adala.distributed import all_reduce_sum, device, gather_objects
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.tasks import Task
 
@@ -66,11 +67,11 @@ class Evaluator:
             collector.update(outputs, batch)
 
     def reduce(self) -> None:
-        """Adds up all ranks' sums, once; every rank calls it, with the same names of outputs."""
+        """Adds up all ranks' sums, once; every rank calls it, also one that had no batch."""
         count = torch.tensor(float(self._images), dtype=torch.float64, device=device())
-        # Sorted: ranks need not have met the names in one order.
-        names = sorted(self._scalars)
-        total = all_reduce_sum(torch.stack([count, *self._comparison, *(self._scalars[name] for name in names)]))
+        names = sorted(set().union(*gather_objects(list(self._scalars))))
+        scalars = [self._scalars.get(name, torch.zeros_like(count)) for name in names]
+        total = all_reduce_sum(torch.stack([count, *self._comparison, *scalars]))
         self._images, self._comparison = int(total[0]), total[1:9]
         self._scalars = dict(zip(names, total[9:], strict=True))
 
@@ -84,34 +85,59 @@ class Evaluator:
         return metrics
 
 
-@torch.no_grad()
-def evaluate(
-    model: VisionTransformer,
-    teacher: VisionTransformer,
-    batches: Iterable[Batch],
-    head: nn.Module | None = None,
-    task: Task | None = None,
-    collectors: Sequence[Collector] = (),
-) -> dict[str, float]:
-    """Metrics of a model over every sample that the ranks' ``batches`` hold; the same on every rank.
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate.
 
-    Args:
+    Attributes:
         model: Gives features (B, N, D); in eval mode.
-        teacher: What they are compared with.
-        batches: This rank's part of the data.
         head: From features to the task's predictions, where there is one.
         task: Of ``head``.
         collectors: See :class:`Evaluator`.
     """
-    evaluator = Evaluator(model, task if head is not None else None, collectors)
+
+    model: VisionTransformer
+    head: nn.Module | None = None
+    task: Task | None = None
+    collectors: Sequence[Collector] = ()
+
+    def outputs(self, batch: Batch, images: Tensor, teacher: VisionTransformer, teacher_features: Tensor) -> Outputs:
+        """What an :class:`Evaluator` reads, of a batch whose images are on the device."""
+        # Comparing the teacher with itself need not run it twice.
+        features = teacher_features if self.model is teacher else self.model(images)
+        outputs = {"features": features, "teacher_features": teacher_features}
+        if self.head is not None:
+            outputs |= {"prediction": self.head(features), "target": self.task.target(batch, images.device)}
+        return outputs
+
+
+@torch.no_grad()
+def evaluate_all(
+    candidates: Mapping[str, Candidate], teacher: VisionTransformer, batches: Iterable[Batch]
+) -> dict[str, dict[str, float]]:
+    """Metrics of models over every sample that the ranks' ``batches`` hold, by name; the same on every rank.
+
+    The data are read once, and the teacher runs once, for all of them.
+
+    Args:
+        candidates: By name.
+        teacher: What they are compared with.
+        batches: This rank's part of the data.
+    """
+    evaluators = {
+        name: Evaluator(one.model, one.task if one.head is not None else None, one.collectors)
+        for name, one in candidates.items()
+    }
     for batch in batches:
         images = batch["image"].to(device())
         teacher_features = teacher(images)
-        # Comparing the teacher with itself need not run it twice.
-        features = teacher_features if model is teacher else model(images)
-        outputs = {"features": features, "teacher_features": teacher_features}
-        if head is not None:
-            outputs |= {"prediction": head(features), "target": task.target(batch, device())}
-        evaluator.update(outputs, batch)
-    evaluator.reduce()
-    return evaluator.compute()
+        for name, candidate in candidates.items():
+            evaluators[name].update(candidate.outputs(batch, images, teacher, teacher_features), batch)
+    for evaluator in evaluators.values():
+        evaluator.reduce()
+    return {name: evaluator.compute() for name, evaluator in evaluators.items()}
+
+
+def evaluate(model: VisionTransformer, teacher: VisionTransformer, batches: Iterable[Batch]) -> dict[str, float]:
+    """:func:`evaluate_all` of one model without a head."""
+    return evaluate_all({"": Candidate(model)}, teacher, batches)[""]

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adala.distributed import device, gather_objects
+from adala.distributed import SharedError, device, gather_objects
 from adala.heads import Pooling, pool_tokens
 
 
@@ -50,18 +50,30 @@ class FeatureCollector:
         self._labels.append(batch["label"])
 
     def gathered(self) -> Features:
-        parts = gather_objects((torch.cat(self._values), torch.cat(self._labels)))
-        return Features(torch.cat([values for values, _ in parts]), torch.cat([labels for _, labels in parts]))
+        """Those of all ranks, in their order; every rank calls it, also one that had no batch.
+
+        Raises:
+            ValueError: No rank had one; every rank raises.
+        """
+        parts = gather_objects((self._values, self._labels))
+        values = [value for of_rank, _ in parts for value in of_rank]
+        if not values:
+            raise SharedError("no labelled sample can be used: name other shards in data.val or evaluation.probe_train")
+        return Features(torch.cat(values), torch.cat([labels for _, of_rank in parts for labels in of_rank]))
 
 
 @torch.no_grad()
-def collect_features(model: VisionTransformer, batches: Iterable[Mapping[str, Any]], pooling: Pooling) -> Features:
-    """Pooled features and labels of every sample that the ranks' ``batches`` hold; the same on every rank.
+def collect_features(
+    models: Mapping[str, VisionTransformer], batches: Iterable[Mapping[str, Any]], pooling: Pooling
+) -> dict[str, Features]:
+    """Pooled features and labels of every sample that the ranks' ``batches`` hold, by model; the same on every rank.
 
     Raises:
         ValueError: A batch without labels.
     """
-    collector = FeatureCollector(model, pooling)
+    collectors = {name: FeatureCollector(model, pooling) for name, model in models.items()}
     for batch in batches:
-        collector.update({"features": model(batch["image"].to(device()))}, batch)
-    return collector.gathered()
+        images = batch["image"].to(device())
+        for name, model in models.items():
+            collectors[name].update({"features": model(images)}, batch)
+    return {name: collector.gathered() for name, collector in collectors.items()}

@@ -26,7 +26,18 @@ def linear_probe_top1(train: Features, held_out: Features, l2: float = 1e-3, max
 
 
 def fit_probe(train: Features, num_classes: int, l2: float = 1e-3, max_iterations: int = 200) -> tuple[Tensor, Tensor]:
-    """Weight (classes, F) and bias (classes,) of a linear probe, to be applied to features as they are."""
+    """Weight (classes, F) and bias (classes,) of a linear probe, to be applied to features as they are.
+
+    Raises:
+        ValueError: A label that is not among the classes.
+    """
+    smallest, largest = int(train.labels.min()), int(train.labels.max())
+    if smallest < 0 or largest >= num_classes:
+        found = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"the label {found} is among the training samples, and num_classes {num_classes} has the labels 0 to "
+            f"{num_classes - 1}: raise stage3.num_classes, or mend the labels"
+        )
     mean, std = train.values.mean(0), train.values.std(0).clamp_min(1e-6)
     inputs = (train.values - mean) / std
     weight, bias = fit_logistic_regression(inputs, train.labels, num_classes, l2, max_iterations)

@@ -1,16 +1,15 @@
 """One protocol for teacher and students: cosine to the teacher, and a score by a linear probe or the own head."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from adala.data import EvaluationLoader
-from adala.evaluation.evaluator import evaluate
-from adala.evaluation.features import FeatureCollector, collect_features
+from adala.evaluation.evaluator import Candidate, evaluate_all
+from adala.evaluation.features import FeatureCollector, Features, collect_features
 from adala.evaluation.linear_probe import linear_probe_top1
 from adala.heads import Pooling
-from adala.tasks import Task
 
 # What a linear probe sees: the class token beside the mean of the patches.
 PROBE_POOLING: Pooling = "cls_patch"
@@ -21,8 +20,9 @@ class Score:
     """One model's scores on the held-out split.
 
     Attributes:
-        value: In percent: by a linear probe on frozen features, or by the model's own head. None without labels.
-        metrics: Against the teacher, and the head's; see :func:`adala.evaluation.evaluate`.
+        value: In percent: by a linear probe on frozen features, or by the model's own head. None without labels, or
+            where all are the same.
+        metrics: Against the teacher, and the head's; see :func:`adala.evaluation.evaluate_all`.
     """
 
     value: float | None
@@ -45,16 +45,30 @@ class Scorer:
     probe_train: EvaluationLoader | None
     probe_l2: float
 
-    def frozen(self, model: VisionTransformer) -> Score:
-        """By a linear probe on frozen features, in one pass over the held-out samples; every rank calls it."""
-        if self.probe_train is None:
-            return Score(None, evaluate(model, self.teacher, self.held_out))
-        collector = FeatureCollector(model, PROBE_POOLING)
-        metrics = evaluate(model, self.teacher, self.held_out, collectors=[collector])
-        fitted_on = collect_features(model, self.probe_train, PROBE_POOLING)
-        return Score(linear_probe_top1(fitted_on, collector.gathered(), l2=self.probe_l2), metrics)
+    def scores(self, candidates: Mapping[str, Candidate]) -> dict[str, Score]:
+        """Of models by name, each in one pass over the data; every rank calls it.
 
-    def tuned(self, model: VisionTransformer, head: nn.Module, task: Task) -> Score:
-        """By the model's own head; every rank calls it."""
-        metrics = evaluate(model, self.teacher, self.held_out, head, task)
-        return Score(metrics[task.score], metrics)
+        A candidate with a head is scored by that, another by a linear probe on its frozen features.
+        """
+        probed = {name: one.model for name, one in candidates.items() if one.head is None and self.probe_train}
+        collectors = {name: FeatureCollector(model, PROBE_POOLING) for name, model in probed.items()}
+        seen = {name: replace(candidates[name], collectors=[collector]) for name, collector in collectors.items()}
+        metrics = evaluate_all({**candidates, **seen}, self.teacher, self.held_out)
+        fitted_on = collect_features(probed, self.probe_train, PROBE_POOLING) if probed else {}
+        scores = {name: Score(self._own(one, metrics[name]), metrics[name]) for name, one in candidates.items()}
+        for name, collector in collectors.items():
+            scores[name] = Score(self._probed(fitted_on[name], collector.gathered()), metrics[name])
+        return scores
+
+    def _own(self, candidate: Candidate, metrics: dict[str, float]) -> float | None:
+        return None if candidate.head is None else metrics[candidate.task.score]
+
+    def _probed(self, fitted_on: Features, scored_on: Features) -> float | None:
+        # Of one class alone every model knows everything.
+        if min(len(fitted_on.labels.unique()), len(scored_on.labels.unique())) < 2:
+            return None
+        return linear_probe_top1(fitted_on, scored_on, l2=self.probe_l2)
+
+    def score(self, candidate: Candidate) -> Score:
+        """:meth:`scores` of one model."""
+        return self.scores({"": candidate})[""]

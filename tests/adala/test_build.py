@@ -80,7 +80,7 @@ def test_a_head_that_starts_as_a_probe_is_at_the_probes_optimum(recipe: Path, po
     assert stage.student.training and stage.head.linear.weight.requires_grad
     batches = build_evaluation_loader(plan.data, plan.training, labelled=True)
     stage.eval()
-    found = collect_features(stage.student, batches, pooling)
+    found = collect_features({"": stage.student}, batches, pooling)[""]
     inputs, head = stage.head.norm(found.values), stage.head.linear
     with torch.no_grad():
         excess = head(inputs).softmax(-1) - F.one_hot(found.labels, 3)

@@ -1,8 +1,25 @@
-"""Recipes and overrides, and that every error names its key."""
+"""Recipes and overrides, and that every error names its key and says what is right."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from adala.config import load_recipe, parse_command, recipe_to_yaml
+from adala.config import (
+    AttentionAlignmentConfig,
+    DataConfig,
+    EvaluationConfig,
+    FeatureAlignmentConfig,
+    FinetuningConfig,
+    Recipe,
+    TeacherConfig,
+    load_recipe,
+    parse_command,
+    recipe_to_yaml,
+)
 
 
 def test_defaults_recipe_and_overrides() -> None:
@@ -19,6 +36,7 @@ def test_a_recipe_written_out_reads_back_the_same(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_to_yaml(recipe))
     assert recipe.mechanism_options == {"num_features": 8}
+    assert load_recipe("tiny", ["--mechanism_options.eps", "1e-6"]).mechanism_options == {"eps": 1e-6}
     assert load_recipe(str(path)) == recipe
 
 
@@ -27,11 +45,19 @@ def test_a_recipe_written_out_reads_back_the_same(tmp_path) -> None:
     [
         (["--recipe", "nowhere"], "--recipe nowhere: there is no such recipe; known are .*tiny"),
         (["--stage2.lrr", "1"], "unrecognized arguments: --stage2.lrr"),
-        (["--stage2.lr", "fast"], '"stage2.lr".*float.*fast'),
-        (["--stage1.loss", "l1"], '"stage1.loss".*l1'),
+        (["--stage2.lr", "fast"], "stage2.lr is fast: it must be a number above 0"),
+        (["--stage1.loss", "l1"], "stage1.loss is l1: it must be one of mse, normalized_mse"),
         (["--stage", "4"], "--stage: invalid choice: '4'"),
+        (["--recipe"], "--recipe: expected one argument"),
+        (["--recip", "tiny"], "unrecognized arguments: --recip tiny"),
+        (["--data.train", "train-0.tar", "train-1.tar"], "unrecognized arguments: train-1.tar; .*needs quotes"),
+        (["--stage1", "null"], '"stage1".*null'),
+        (["--stage1.lr", ""], "stage1.lr is empty: it must be a number above 0"),
+        (
+            ["--stage1.micro_batch_size", "fast"],
+            "stage1.micro_batch_size is fast: it must be a whole number, 1 or more$",
+        ),
     ],
-    ids=["recipe", "key", "type", "choice", "stage"],
 )
 def test_command_line_errors_name_the_key(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -43,16 +69,240 @@ def test_command_line_errors_name_the_key(arguments: list[str], message: str) ->
     [
         ("stage1: {stepz: 3}", "recipe .*stage1.*stepz"),
         ("speed: 3", "recipe .*speed"),
-        ("stage1: {steps: many}", 'recipe .*"stage1.steps".*many'),
+        ("stage1: {steps: many}", "recipe .*stage1.steps is many: it must be a whole number, 1 or more"),
+        ("stage1: {lr: {a: 1}}", "recipe .*stage1.lr is .*: it must be a number above 0"),
+        ("stage1: {lr: true}", "recipe .*stage1.lr is True: it must be a number above 0"),
+        ("stage1: {lr: 1" + 400 * "0" + "}", "recipe .*too large"),
+        ("stage1: {lr: " + 5000 * "1" + "}", "recipe .*digits"),
+        ("data: {train: 3}", "recipe .*data.train is 3: it must be at least one shard"),
+        ("data: {train: [a.tar, null]}", "recipe .*data.train is .*: it must be at least one shard"),
         ("stage1: [", "recipe .*expected"),
+        ("stage1: " + 5000 * "[", "recipe .*"),
+        ("stage1: {{}: 3}", "recipe .*unhashable"),
+        ("1: 2", "recipe .*must be a string"),
+        ("seed: 1\nseed: 2", "recipe .*seed stands here twice.*line 2"),
+        ("stage2: {lr: 1.0, steps: 3, lr: 2.0}", "recipe .*lr stands here twice"),
+        ("stage2: {lr: 1.0}\nstage2.lr: 2.0", "recipe .*stage2.lr stands here twice"),
+        ("stage1: null", "recipe .*stage1 is null: it must have keys of its own"),
+        ("stage1:", "recipe .*stage1 is null: it must have keys of its own"),
+        ("data: [a.tar]", "recipe .*data is .'a.tar'.: it must have keys of its own"),
+        ("teacher: embedded", "recipe .*teacher is 'embedded': it must have keys of its own"),
+        ("evaluation: 3", "recipe .*evaluation is 3: it must have keys of its own"),
+        ("", "recipe .*it is empty"),
+        ("# nothing yet", "recipe .*it is empty"),
+        ("[run_name, tiny]", "recipe .*it holds .*must be a mapping of keys"),
+        ("tiny", "recipe .*it holds 'tiny'.*must be a mapping of keys"),
+        ("run_name: a\x07", "recipe .*special characters"),
     ],
-    ids=["nested", "top", "type", "syntax"],
+    ids=lambda value: value[:30],
 )
 def test_recipe_errors_name_file_and_key(tmp_path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         load_recipe(str(path))
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, message in ((tmp_path, "it is a folder"), (Path("/proc/self/mem"), "it cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            load_recipe(str(path))
+    path = tmp_path / "mine.yaml"
+    for encoding in ("utf-16", "latin-1"):
+        path.write_text("run_name: ö", encoding=encoding)
+        with pytest.raises(ValueError, match=r"mine\.yaml: it is not UTF-8 text"):
+            load_recipe(str(path))
+
+
+def test_recipes_by_path(tmp_path: Path, monkeypatch) -> None:
+    """A byte-order mark, names that are not ASCII, no suffix, a home folder."""
+    (tmp_path / "réglage").write_text("run_name: été", encoding="utf-8-sig")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("réglage", "./réglage", "~/réglage", str(tmp_path / "réglage")):
+        assert load_recipe(name).run_name == "été"
+
+
+def test_numbers_and_dates_in_yaml_are_what_they_look_like(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "run_name: 2024-01-01\nstage1: {lr: 1e-3, weight_decay: 5E-2}\nmechanism_options: {eps: 1e-6, b: 1e3}"
+    )
+    recipe = load_recipe(str(path))
+    assert (recipe.run_name, recipe.stage1.lr, recipe.stage1.weight_decay) == ("2024-01-01", 1e-3, 5e-2)
+    assert recipe.mechanism_options == {"eps": 1e-6, "b": 1000.0}
+
+
+LISTS = ["data.train", "stage3.train_data", "evaluation.probe_train", "stage2.freeze"]
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_one_name_is_a_list_of_one(tmp_path: Path, key: str) -> None:
+    section, name = key.split(".")
+    path = tmp_path / "mine.yaml"
+    for given, expected in (("a/train-*.tar", ["a/train-*.tar"]), (["a.tar", "{b,c}.tar"], ["a.tar", "{b,c}.tar"])):
+        path.write_text(yaml.safe_dump({section: {name: given}}))
+        assert getattr(getattr(load_recipe(str(path)), section), name) == expected
+    for given, expected in (
+        ("shards/train-*.tar", ["shards/train-*.tar"]),
+        ("s/{0..3}.tar", ["s/{0..3}.tar"]),
+        ('["a.tar"]', ["a.tar"]),
+    ):
+        assert getattr(getattr(load_recipe("tiny", [f"--{key}", given]), section), name) == expected
+    if name != "freeze":
+        for empty in ("[]", "", '[""]'):
+            with pytest.raises(ValueError, match=f"{key} is .*: it must be at least one shard"):
+                load_recipe("tiny", [f"--{key}", empty])
+
+
+NAN, INFINITE = float("nan"), float("inf")
+STAGE = {
+    "steps": [0, -1, 2**31, 1.5],
+    "global_batch_size": [0, -1, 2**40],
+    "micro_batch_size": [0, -1],
+    "lr": [0, -1, 1e30, NAN, INFINITE],
+    "min_lr": [-1e-9, NAN, INFINITE, 1e-2],
+    "warmup_steps": [-1, 2**31],
+    "weight_decay": [-1, 1e30, NAN, INFINITE],
+    "betas": [[], [0.9], [0.9, 0.99, 0.999], [0.9, 1.0], [-0.1, 0.9], [0.9, NAN], [True, 0.9]],
+    "gradient_clipping": [-1, NAN, INFINITE],
+    "train_data": [[], "", [""], ["a", 3]],
+    "start_from": ["", "~nobody-of-this-name/stage1"],
+    "log_every": [0, -1],
+    "save_every": [-1, 2**31],
+    "evaluate_every": [-1],
+    "max_skipped_steps": [0, -1],
+}
+# By section: values that each key must refuse.
+REFUSED: dict[str, dict[str, list]] = {
+    "": {
+        "run_name": [
+            "",
+            " ",
+            ".",
+            "..",
+            "a/b",
+            "/tmp/a",
+            "../a",
+            "a\0",
+            "a\nb",
+            " a",
+            "embedded-fashion-mnist",
+            "a" * 201,
+        ],
+        "runs_dir": ["", "a\0b", "~nobody-of-this-name/runs"],
+        "seed": [-1, 2**63, 2**64],
+        "mechanism": [""],
+        "mechanism_options": [{"a": NAN}, {1: 2}],
+        "keep": [[-1], [0, 0], [2**40]],
+        "over_conversion": [["stage1.steps"], ["lr"], "stage4.lr"],
+        "ds_config": ["", "~nobody-of-this-name/z.json"],
+    },
+    "teacher": {"name": [""], "checkpoint": ["", "a\0"], "model_args": [{"a": INFINITE}, {"a": {2: 3}}]},
+    "data": {
+        "train": [[], "", ["a\0"]],
+        "val": [[], [" "]],
+        "classes": ["", "a\0"],
+        "image_size": [[], [28], [28, 28, 3], [0, 28], [28, -1], [28, 10**9]],
+        "mean": [[], [0.5], [0.5] * 4, [0.5, 0.5, NAN], [123.7, 116.3, 103.5], [-0.1, 0.5, 0.5]],
+        "std": [[], [0.5], [0.0, 0.5, 0.5], [-0.5, 0.5, 0.5], [58.4, 57.1, 57.4], [0.5, 0.5, INFINITE]],
+        "num_workers": [-1, 257],
+        "shuffle_buffer": [-1, 2**31],
+    },
+    "stage1": STAGE,
+    "stage2": {**STAGE, "freeze": [[""], ["a", "\0"]]},
+    "stage3": {
+        **STAGE,
+        "num_classes": [0, 1, -1, 2**31],
+        "label_smoothing": [-0.1, 1.0, 2, NAN],
+        "head_init_samples": [0, -1],
+        "head_lr": [0, -1, 1e30, NAN],
+    },
+    "evaluation": {
+        "batch_size": [0, -1],
+        "monitor_samples": [0, -1],
+        "probe_train": [[], ""],
+        "probe_samples": [0, -1],
+        "probe_l2": [-1, NAN, INFINITE],
+    },
+}
+SECTIONS = {
+    "": Recipe,
+    "teacher": TeacherConfig,
+    "data": DataConfig,
+    "stage1": AttentionAlignmentConfig,
+    "stage2": FeatureAlignmentConfig,
+    "stage3": FinetuningConfig,
+    "evaluation": EvaluationConfig,
+}
+KEYS = [(section, key) for section, keys in REFUSED.items() for key in keys]
+
+
+def refusal(name: str) -> str:
+    return rf"^(recipe \S+: )?{re.escape(name)} is .*: it must be "
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=[".".join(key).strip(".") for key in KEYS])
+def test_a_value_out_of_range_is_refused_by_its_full_name(tmp_path: Path, section: str, key: str) -> None:
+    """In a recipe file (its first value, which takes a while), and where the dataclass is built directly."""
+    name, path, values = f"{section}.{key}".strip("."), tmp_path / "mine.yaml", REFUSED[section][key]
+    path.write_text(yaml.safe_dump({section: {key: values[0]}} if section else {key: values[0]}))
+    with pytest.raises(ValueError, match=refusal(name)):
+        load_recipe(str(path))
+    for value in values:
+        with pytest.raises(ValueError, match=refusal(key)):
+            SECTIONS[section](**{key: value})
+        with pytest.raises(ValueError, match=refusal(key)):
+            dataclasses.replace(SECTIONS[section](), **{key: value})
+
+
+def test_every_key_that_is_no_choice_has_values_that_it_refuses() -> None:
+    """A new key of the recipe is a line in the table above."""
+    for section, built in SECTIONS.items():
+        for field in dataclasses.fields(built):
+            is_choice = field.type is bool or "Literal" in str(field.type) or dataclasses.is_dataclass(field.type)
+            assert is_choice or field.name in REFUSED[section], f"{section}.{field.name}"
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, 1.5], ids=str)
+@pytest.mark.parametrize("built", SECTIONS.values(), ids=lambda built: built.__name__)
+def test_a_value_of_a_wrong_type_is_refused_where_a_class_is_built(built: type, value: Any) -> None:
+    for field in dataclasses.fields(built):
+        suits = {
+            "None": value is None,
+            "str": value == "x" and field.name not in ("over_conversion",) and "Literal" not in str(field.type),
+            "list": value == [] and field.name in ("keep", "freeze", "over_conversion"),
+            "dict": value == {},
+            "float": value == 1.5 and field.name in ("lr", "head_lr", "weight_decay", "gradient_clipping", "probe_l2"),
+        }
+        if any(fits and kind in str(field.type) for kind, fits in suits.items()):
+            continue
+        with pytest.raises(ValueError, match=rf"{field.name} is .*: it must be "):
+            built(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--stage1.steps", "2", "--stage1.warmup_steps", "10"],
+        ["--stage1.warmup_steps", "0", "--stage1.gradient_clipping", "0", "--stage1.betas", "[0.0, 0.999]"],
+        ["--stage3.freeze_backbone", "true", "--stage3.head_lr", "1e-2", "--stage3.num_classes", "2"],
+        ["--stage2.min_lr", "1e-3", "--stage2.lr", "1e-3", "--stage2.schedule", "constant"],
+        ["--seed", str(2**63 - 1), "--data.shuffle_buffer", "0", "--evaluation.probe_l2", "0"],
+        ["--data.mean", "[0, 0, 0]", "--data.std", "[1, 1, 1]", "--data.image_size", "[14, 28]"],
+        ["--run_name", "vit-b_16.v2 (β)", "--teacher.checkpoint", "null", "--keep", "[]"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_what_is_unusual_but_right_is_taken(overrides: list[str]) -> None:
+    load_recipe("tiny", overrides)
+
+
+def test_a_native_conversion_below_the_least_rate_names_the_stage() -> None:
+    recipe = load_recipe("tiny", ["--stage1.min_lr", "1e-3"])
+    with pytest.raises(ValueError, match=r"^stage1.min_lr is 0.001: it must be a number from 0 to lr, which is 0.0001"):
+        recipe.with_stage(1, lr=1e-4)
 
 
 def test_help_explains_every_field(capsys) -> None:

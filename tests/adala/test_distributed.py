@@ -28,7 +28,8 @@ def test_more_ranks_than_gpus_are_told_how_many_there_are(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}.items():
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="2 ranks on this machine, which has 1 GPUs: start as many ranks"):
         distributed.init_distributed()

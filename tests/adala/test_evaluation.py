@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import on_ranks
 from tiny_teacher import build_tiny_teacher
 
-from adala.evaluation import Evaluator, Scorer, evaluate
+from adala.distributed import rank
+from adala.evaluation import Candidate, Evaluator, FeatureCollector, Scorer, evaluate, evaluate_all
 from adala.students import linearize
 from adala.tasks import Classification
 
@@ -75,13 +77,62 @@ def test_scores_by_a_probe_and_by_a_head() -> None:
     teacher = build_tiny_teacher()
     student, task = linearize(teacher, "linear").eval(), Classification(3)
     scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
-    probed = scorer.frozen(student)
+    probed = scorer.score(Candidate(student))
     assert probed.value == pytest.approx(100.0) and probed.metrics["feature_cosine"] < 1
     head = task.build_head(student)
     torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
-    tuned = scorer.tuned(student, head, task)
+    tuned = scorer.score(Candidate(student, head, task))
     (whole,) = labelled_batches([6])
     right = head(student(whole["image"])).argmax(-1) == whole["label"]
     assert right.tolist().count(True) in range(1, 6), "a share that a mistake would change"
     assert tuned.value == tuned.metrics["top1"] == pytest.approx(100 * right.float().mean().item())
-    assert Scorer(teacher, labelled_batches([6]), None, 1e-3).frozen(student).value is None
+    assert Scorer(teacher, labelled_batches([6]), None, 1e-3).score(Candidate(student)).value is None
+
+
+def test_all_models_are_scored_in_one_pass_as_each_alone(teacher, monkeypatch) -> None:
+    student, task = linearize(teacher, "linear").eval(), Classification(3)
+    head = task.build_head(student)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
+    scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
+    candidates = {"t": Candidate(teacher), "s": Candidate(student), "tuned": Candidate(student, head, task)}
+    alone = {name: scorer.score(candidate) for name, candidate in candidates.items()}
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    assert scorer.scores(candidates) == alone
+    # Two held-out batches for all candidates together, and one that its own probe is fitted on.
+    assert len(calls) == 3
+
+
+def test_all_labels_alike_give_no_score(teacher) -> None:
+    alike = [{**batch, "label": torch.zeros_like(batch["label"])} for batch in labelled_batches([6])]
+    for held_out, train in ((alike, alike), (labelled_batches([6]), alike), (alike, labelled_batches([6]))):
+        assert Scorer(teacher, held_out, train, 1e-3).score(Candidate(teacher)).value is None
+
+
+def score_unevenly(batches_of_ranks: list[list[dict]]) -> tuple[dict[str, float], int]:
+    """As a rank of several, of which some have no batch: bad samples may have left it none."""
+    teacher = build_tiny_teacher()
+    collector = FeatureCollector(teacher, "cls")
+    candidate = Candidate(linearize(teacher, "linear").eval(), collectors=[collector])
+    metrics = evaluate_all({"student": candidate}, teacher, batches_of_ranks[rank()])["student"]
+    evaluator = Evaluator(teacher)
+    for loss in range(2 * rank()):
+        evaluator.update({"loss": torch.tensor(float(loss))}, {"id": ["x"]})
+    evaluator.reduce()
+    return {**metrics, **evaluator.compute()}, len(collector.gathered().labels)
+
+
+def test_a_rank_without_a_batch_is_waited_for_and_waits(teacher) -> None:
+    alone = evaluate(linearize(teacher, "linear").eval(), teacher, labelled_batches([2, 4]))
+    for metrics, labels in on_ranks(2, score_unevenly, [[], labelled_batches([2, 4])]):
+        assert metrics == pytest.approx({**alone, "loss": 0.5}) and labels == 6
+
+
+def collect_nothing() -> str:
+    with pytest.raises(ValueError) as caught:
+        FeatureCollector(build_tiny_teacher(), "cls").gathered()
+    return str(caught.value)
+
+
+def test_no_sample_at_all_is_said_on_every_rank() -> None:
+    assert all("no labelled sample can be used" in said for said in on_ranks(2, collect_nothing))

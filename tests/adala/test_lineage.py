@@ -48,6 +48,40 @@ def test_more_steps_are_gone_on_with_and_fewer_are_refused(run: RunFolder) -> No
         decide(run, 2, {**CONDITIONS, "stage2.steps": 5}, "sha256:a", None)
 
 
+def test_a_finished_stage_of_which_more_steps_are_wanted_goes_on(run: RunFolder) -> None:
+    finish(run.stage(2))
+    longer = {**CONDITIONS, "stage2.steps": 20}
+    refuse_changed(run, 2, longer)
+    decision = decide(run, 2, longer, "sha256:a", None)
+    assert (decision.folder, decision.is_new, decision.replaces) == (run.replacement(2), True, True)
+    assert decision.continues and "finished after 10 steps, of which 20 are wanted" in decision.reason
+    # From another student there is nothing to go on with, and an order to run it again is one to begin anew.
+    for start, order in (("sha256:b", None), ("sha256:a", ORDER)):
+        decision = decide(run, 2, longer, start, order)
+        assert decision.is_new and not decision.continues
+    (run.stage(2).checkpoints / "step-00000002" / "COMPLETE").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint left to go on from"):
+        decide(run, 2, longer, "sha256:a", None)
+    begin(run.replacement(2), **{"stage2.steps": 20})
+    assert not decide(run, 2, longer, "sha256:a", None).is_new
+    with pytest.raises(ValueError, match=r"was finished with stage2.steps 10, this run has 5"):
+        decide(run, 2, {**CONDITIONS, "stage2.steps": 5}, "sha256:a", None)
+
+
+def test_what_goes_on_leaves_the_finished_stage_as_it_is(run: RunFolder) -> None:
+    finish(run.stage(2))
+    (run.stage(2).path / "metrics.jsonl").write_text("1\n")
+    (run.stage(2).path / "student.safetensors").write_text("weights")
+    run.replacement(2).begin_as(run.stage(2))
+    new = run.replacement(2)
+    assert new.has_checkpoint() and new.record() is None and new.attempt() is None
+    with (new.path / "metrics.jsonl").open("a") as file:
+        file.write("2\n")
+    (new.checkpoints / "step-00000002" / "COMPLETE").unlink()
+    assert run.stage(2).has_checkpoint() and (run.stage(2).path / "metrics.jsonl").read_text() == "1\n"
+    assert not (new.path / "student.safetensors").exists()
+
+
 def test_an_attempt_without_a_checkpoint_is_begun_anew_under_other_conditions(run: RunFolder) -> None:
     run.stage(2).start_attempt(ASKED)
     refuse_changed(run, 2, {**CONDITIONS, "seed": 5})

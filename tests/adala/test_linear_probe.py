@@ -59,3 +59,10 @@ def test_labels_that_were_not_trained_on_are_wrong() -> None:
     values = torch.tensor([[-1.0], [1.0]]).repeat(10, 1)
     train = Features(values, torch.tensor([0, 1]).repeat(10))
     assert linear_probe_top1(train, Features(values[:4], torch.tensor([0, 1, 0, 2]))) == 75.0
+
+
+@pytest.mark.parametrize(("labels", "found"), [([0, 1, 4], 4), ([0, -1, 1], -1)], ids=["beyond", "negative"])
+def test_labels_that_are_no_classes_are_named(labels: list[int], found: int) -> None:
+    features = Features(torch.randn(3, 4), torch.tensor(labels))
+    with pytest.raises(ValueError, match=f"the label {found} is among .* num_classes 3 .* raise stage3.num_classes"):
+        fit_probe(features, num_classes=3)

@@ -123,7 +123,7 @@ def test_a_report_is_made_again_where_it_is_gone_and_only_there(again: Path, cap
     path.unlink(), picture.unlink()
     said = rerun(again, capfd)
     assert path.read_text() == report and picture.read_bytes().startswith(b"\x89PNG")
-    assert said.count("finished already") == 3 and "scored teacher: top-1" in said
+    assert said.count("finished already") == 3 and "scoring teacher, linearized" in said
     rerun(again, capfd, "--evaluation.probe_l2=10")
     assert json.loads(path.read_text())["identity"]["evaluation.probe_l2"] == 10
 

@@ -10,29 +10,67 @@ from adala.data import write_shards
 from adala.sources import Sources
 from adala.tasks import Classification
 
+IMAGE = Image.new("RGB", (8, 8))
 
-def write(folder: Path, labels: list[int | None]) -> list[str]:
-    """Shards of nine samples, of which those with None have no label."""
-    image = Image.new("RGB", (8, 8))
+
+def write(
+    folder: Path, labels: list[int | str | None], samples_per_shard: int = 100, image: object = IMAGE
+) -> list[str]:
+    """Shards of samples, of which those with None have no label."""
     samples = [{"png": image} | ({} if label is None else {"cls": label}) for label in labels]
-    write_shards(samples, folder, "train", samples_per_shard=100)
+    write_shards(samples, folder, "train", samples_per_shard)
     return [str(folder / "train-*.tar")]
 
 
+@pytest.fixture
+def sources(tmp_path: Path) -> Sources:
+    return Sources(tmp_path / "embedded")
+
+
 @pytest.mark.parametrize(("missing", "labelled"), [(0, True), (4, True), (5, False), (6, False), (10, False)])
-def test_a_set_is_labelled_where_more_than_half_of_it_is(tmp_path: Path, missing: int, labelled: bool) -> None:
-    sources = write(tmp_path, [None] * missing + [1] * (10 - missing))
-    assert Sources(tmp_path / "embedded").is_labelled(sources) is labelled
+def test_a_set_is_labelled_where_more_than_half_of_it_is(sources, tmp_path: Path, missing: int, labelled: bool) -> None:
+    names = write(tmp_path, [None] * missing + [1] * (10 - missing))
+    assert (sources.missing_labels(names) is None) is labelled
 
 
-def test_the_first_64_samples_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, reads = write(tmp_path, [0] * 64 + [7] * 6), []
-    read_shard = adala.sources.read_shard
-    monkeypatch.setattr(adala.sources, "read_shard", lambda *given: reads.append(1) or read_shard(*given))
+def test_all_shards_must_have_labels_and_the_one_without_is_named(sources, tmp_path: Path) -> None:
+    mixed, whole = write(tmp_path / "mixed", [0] * 30 + [None] * 10, 10), write(tmp_path / "whole", [1] * 9)
+    assert sources.missing_labels(whole) is None
+    for sets in ([mixed], [whole, mixed]):
+        assert "most samples of" in sources.missing_labels(*sets)
+        assert "mixed/train-00003.tar have no label that can be used (no file .cls" in sources.missing_labels(*sets)
+    with pytest.raises(ValueError, match=r"Stage 3 needs labels, and data.train has none: .*mixed/train-00003.tar"):
+        sources.check_targets(Classification(num_classes=2), mixed, "data.train")
+
+
+def test_text_labels_need_one_list_of_classes(sources, tmp_path: Path) -> None:
+    names, others = write(tmp_path / "a", ["cat", "dog"]), write(tmp_path / "b", ["dog", "cat"])
+    assert "'cat' is a name: list the names" in sources.missing_labels(names)
+    (tmp_path / "a/classes.txt").write_text("cat\ndog")
+    (tmp_path / "b/classes.txt").write_text("dog\ncat")
     sources = Sources(tmp_path / "embedded")
+    assert sources.missing_labels(names) is None and sources.missing_labels(others) is None
+    assert "lie beside different lists of classes" in sources.missing_labels(names, others)
+    assert Sources(tmp_path, str(tmp_path / "a/classes.txt")).missing_labels(names, others) is None
+
+
+def test_64_samples_of_up_to_eight_shards_are_looked_at_once(sources, tmp_path: Path, monkeypatch) -> None:
+    reads = []
+    read_shard = adala.sources.read_shard
+    monkeypatch.setattr(adala.sources, "read_shard", lambda *given: reads.append(given[0].name) or read_shard(*given))
+    names = write(tmp_path / "one", [0] * 64 + [7] * 6)
     assert len(sources.first_samples(names)) == 64
     sources.check_targets(Classification(num_classes=1), names, "data.train")
-    assert sources.is_labelled(names) and sources.index(names) is sources.index(names) and reads == [1]
+    assert sources.index(names) is sources.index(names) and reads == ["train-00000.tar"]
+    reads.clear()
+    assert len(sources.first_samples(write(tmp_path / "many", [0] * 180, 10))) == 6 * 10
+    assert reads == [f"train-{number:05d}.tar" for number in range(0, 18, 3)]
+
+
+def test_a_set_that_is_mostly_unusable_is_refused_whatever_its_index_says(sources, tmp_path: Path) -> None:
+    names = write(tmp_path, [0] * 5, image=b"no image")
+    with pytest.raises(ValueError, match=r"5 of 5 images that were tried cannot be decoded in .*train-\*.tar"):
+        sources.index(names)
 
 
 def test_a_label_that_the_task_cannot_have_is_told_with_its_sample(tmp_path: Path) -> None:
@@ -43,12 +81,8 @@ def test_a_label_that_the_task_cannot_have_is_told_with_its_sample(tmp_path: Pat
         sources.check_targets(Classification(num_classes=2), names, "data.train")
 
 
-def test_samples_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
-    names = write(tmp_path, [None, 1, 1])
-    Sources(tmp_path / "embedded").check_targets(Classification(num_classes=2), names, "data.train")
-    unlabelled = write(tmp_path / "plain", [None, None, 1])
-    with pytest.raises(ValueError, match=r"the samples of data.val have no \.cls files: name labelled shards"):
-        Sources(tmp_path / "embedded").check_targets(Classification(num_classes=2), unlabelled, "data.val")
+def test_samples_without_a_label_are_passed_over(sources, tmp_path: Path) -> None:
+    sources.check_targets(Classification(num_classes=2), write(tmp_path, [None, 1, 1]), "data.train")
 
 
 def test_the_embedded_data_have_two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

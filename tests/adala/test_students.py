@@ -101,8 +101,55 @@ def test_threads_with_different_sizes_do_not_disturb_each_other(teacher, mechani
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("size", [(24, 24), (16, 32), (8, 12)], ids=str)
+@pytest.mark.parametrize("keep", [[], [0]], ids=["all", "keep0"])
+@pytest.mark.parametrize("mechanism", ["linear", "cosformer", "nystromformer", "monarch", "performer", "softmax"])
+def test_a_student_set_to_another_size_is_the_student_of_a_teacher_of_that_size(
+    mechanism: str, keep: list[int], size: tuple[int, int]
+) -> None:
+    """Called with images, and its attention with bare tokens, which lie as the model is set."""
+    student = linearize(build_tiny_teacher(reg_tokens=4), mechanism, keep)
+    student.set_input_size(img_size=size)
+    teacher = build_tiny_teacher(reg_tokens=4)
+    teacher.set_input_size(img_size=size)
+    expected = linearize(teacher, mechanism, keep)
+    expected.load_state_dict(student.state_dict())
+    images, tokens = torch.randn(2, 3, *size), torch.randn(2, size[0] * size[1] // 16 + 5, 32)
+    assert torch.equal(student.eval()(images), expected.eval()(images))
+    assert torch.equal(student.blocks[1].attn(tokens), expected.blocks[1].attn(tokens))
+    assert not torch.equal(student.pos_embed, build_tiny_teacher(reg_tokens=4).pos_embed)
+
+
+@pytest.mark.parametrize("keep", [[], [0]], ids=["all", "keep0"])
+def test_what_linformer_holds_for_each_token_follows_the_size(keep: list[int]) -> None:
+    student = linearize(build_tiny_teacher(), "linformer", keep, {"num_landmarks": 4}).eval()
+    before = student.blocks[1].attn.token_mixer.key_projection.clone()
+    with pytest.raises(ValueError, match="37 tokens, but this Linformer layer has projections for 17: call set_input"):
+        student(torch.randn(1, 3, 24, 24))
+    for size in ((24, 24), (16, 32)):
+        student.set_input_size(size)
+        assert student(torch.randn(1, 3, *size)).shape[1] == size[0] * size[1] // 16 + 1
+        mixer = student.blocks[1].attn.token_mixer
+        assert mixer.key_projection.shape[0] == mixer.shape.layout.num_tokens
+        assert mixer.shape.layout == student.token_layout(torch.empty(1, 3, *size))
+        # Sums over all tokens keep their size, whatever their number.
+        torch.testing.assert_close(mixer.key_projection.sum(0), before.sum(0), rtol=0.2, atol=0.05)
+
+
+def test_a_size_that_the_patch_does_not_divide_is_refused_and_changes_nothing(teacher, images) -> None:
+    student = linearize(teacher, "monarch").eval()
+    before = student(images)
+    with pytest.raises(ValueError, match="image size 18 x 16 is not divisible by the patch size 4 x 4: 16 x 16 would"):
+        student.set_input_size((18, 16))
+    assert torch.equal(student(images), before)
+    student.set_input_size(32)
+    assert student(torch.randn(1, 3, 32, 32)).shape == (1, 65, 32)
+    student.set_input_size(patch_size=8)
+    assert student(torch.randn(1, 3, 32, 32)).shape == (1, 17, 32)
+
+
 def test_bare_tokens_lie_as_the_model_was_built_for_or_in_a_square() -> None:
-    teacher = build_tiny_teacher(img_size=(8, 32))
+    teacher = build_tiny_teacher(image_size=(8, 32))
     attention = linearize(teacher, "monarch").eval().blocks[0].attn
     for grid_size in ((2, 8), (5, 5)):
         tokens = torch.randn(1, grid_size[0] * grid_size[1] + 1, 32)
@@ -154,13 +201,21 @@ def test_mistakes_are_named(teacher, arguments: dict, message: str) -> None:
         ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is not a plain timm ViT"),
         ("vit_tiny_patch16_224", {"attn_drop_rate": 0.1}, "blocks.0.attn.attn_drop"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.1}, "patch_drop"),
+        ("vit_tiny_patch16_224", {"depth": 0}, "blocks: the model has none"),
+        ("deit_tiny_distilled_patch16_224", {}, "the model is a VisionTransformerDistilled"),
+        ("vit_tiny_r_s16_p8_224", {}, "patch_embed is a HybridEmbed"),
         ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ParallelScalingBlock}, "blocks.0 is a "),
     ],
-    ids=["windowed", "attention_dropout", "patch_dropout", "parallel"],
+    ids=["windowed", "attention_dropout", "patch_dropout", "no_blocks", "distilled", "hybrid", "parallel"],
 )
 def test_what_is_not_supported_is_named(name: str, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linearize(timm.create_model(name, **arguments))
+
+
+def test_a_student_is_not_linearized_again(teacher) -> None:
+    with pytest.raises(ValueError, match="linearized already"):
+        linearize(linearize(teacher))
 
 
 def test_a_real_mask_is_refused(teacher) -> None:

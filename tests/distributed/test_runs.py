@@ -2,32 +2,26 @@
 
 import hashlib
 import json
-import os
-import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import PROJECT, launch, run_until_step, train
+from launch import launch
 from PIL import Image
 from tiny_run import write_tiny_recipe, write_tiny_shards
+from warm import run_until_step, train
 
 from adala.checkpoint import complete_checkpoints
 from adala.data import write_shards
 from adala.metrics import read_metrics
 
-OVERFLOWING = ["--stage2.lr", "1e30", "--stage2.gradient_clipping", "0"]
+# A decay that multiplies the weights by -999 in each update, until their products overflow float32.
+OVERFLOWING = ["--stage2.lr", "10", "--stage2.weight_decay", "100", "--stage2.steps", "20"]
 
 
-def train_alone(recipe: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """The training command without a launcher: one rank, in less time."""
-    command = [sys.executable, str(PROJECT / "launchers" / "train.py"), "--recipe", str(recipe), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        command, cwd=PROJECT, env=environment, timeout=300, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, check=False, **options,
-    )  # fmt: skip
+def train_alone(recipe: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The training command on one rank."""
+    return train("--recipe", str(recipe), *arguments, ranks=1)
 
 
 def succeeds(done: subprocess.CompletedProcess) -> str:
@@ -169,26 +163,20 @@ def test_what_cannot_be_written_is_a_sentence_and_leaves_the_last_checkpoint(tmp
     """A limit on the size of files in place of a full disk: writes fail in the middle, on both ranks or on one."""
     recipe = write_tiny_recipe(tmp_path)
     arguments = ["--stage", "2", "--stage2.save_every", "2"]
-    limit = 150_000  # above the student's weights, below DeepSpeed's files
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    refused(
-        train("--recipe", str(recipe), *arguments, timeout_s=120, preexec_fn=limited), "could not write the checkpoint"
-    )
+    # Above the student's weights, below DeepSpeed's files.
+    refused(train("--recipe", str(recipe), *arguments, largest_file=150_000), "could not write the checkpoint")
     checkpoints = tmp_path / "runs" / "tiny-run" / "stage2" / "checkpoints"
     assert list(checkpoints.iterdir()) == []
     succeeds(train("--recipe", str(recipe), *arguments))
 
 
 def test_a_stage_whose_metrics_are_not_finite_is_not_saved(tmp_path: Path) -> None:
-    """One step to weights that are finite and far too large: it is the evaluation after it that finds out."""
+    """Three steps to weights that are finite and far too large: it is the evaluation after them that finds out."""
     recipe = write_tiny_recipe(tmp_path)
-    arguments = ["--stage2.steps", "1", *OVERFLOWING]
+    arguments = [*OVERFLOWING, "--stage2.steps", "3"]
     refused(train_alone(recipe, "--stage", "2", *arguments), "not finite; the last checkpoint is intact")
     stage = tmp_path / "runs" / "tiny-run" / "stage2"
-    assert [row["step"] for row in read_metrics(stage, "train")] == [1]
+    assert [row["step"] for row in read_metrics(stage, "train")] == [1, 2, 3]
     assert [row["step"] for row in read_metrics(stage, "val")] == [0]
     assert complete_checkpoints(stage / "checkpoints") == []
     assert not (stage / "student.safetensors").exists() and not (stage / "finished.json").exists()
@@ -219,3 +207,17 @@ def test_every_cut_of_a_batch_trains_the_same(tmp_path: Path) -> None:
         curves[name] = [row["loss"] for n in (1, 2, 3) for row in read_metrics(run / f"stage{n}", "train")]
     assert curves["cut"] == pytest.approx(curves["whole"], rel=1e-3)
     assert curves["ranks"] == pytest.approx(curves["whole"], rel=1e-3)
+
+
+def test_a_finished_stage_goes_on_to_more_steps_as_if_never_finished(tmp_path: Path) -> None:
+    """Under a constant rate, whose course does not depend on the number of steps, to the bit."""
+    recipe, runs = write_tiny_recipe(tmp_path), tmp_path / "runs"
+    arguments = ["--stage", "1", "--stage1.schedule", "constant"]
+    succeeds(train_alone(recipe, *arguments))
+    said = succeeds(train_alone(recipe, *arguments, "--stage1.steps", "7"))
+    assert "finished after 4 steps, of which 7 are wanted now: going on with it" in said
+    assert "resuming from" in said and "at step 4 of 7" in said
+    assert [row["step"] for row in read_metrics(runs / "tiny-run" / "stage1", "train")] == list(range(1, 8))
+    succeeds(train_alone(recipe, *arguments, "--stage1.steps", "7", "--run_name", "at-once"))
+    assert student_of(runs / "tiny-run", 1) == student_of(runs / "at-once", 1)
+    assert sorted(path.name for path in (runs / "tiny-run").glob("stage*")) == ["stage1"]

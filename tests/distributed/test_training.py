@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from launch import run_until_step, train
 from safetensors.torch import load_file
 from tiny_run import read_tiny_val, write_tiny_recipe
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
+from warm import run_until_step, train
 
 from adala import load_classifier, load_student
 from adala.checkpoint import complete_checkpoints

@@ -1,0 +1,82 @@
+"""From the bytes of an image file to the RGB image that people see."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Extension in a shard, in lower case. Which one a file has says that it is an image; its bytes say of which format.
+IMAGE_FIELDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "jp2", "avif")
+# Pillow's names. Left out are formats that start other programs (EPS: Ghostscript) and such as are no photographs. MPO
+# is what many telephones write under the name .jpg.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+# Depths in bits of grey images whose values come in 16 or 32 bits. Of the smallest that holds an image's brightest
+# value, that value is white: cameras and scanners of 12 bits write their values as they are.
+GREY_DEPTHS = (12, 16)
+
+
+class DecodeError(ValueError):
+    """A sample whose image or label cannot be decoded."""
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The whole first image of a file's bytes, as RGB.
+
+    It is turned upright as its EXIF orientation says. Grey of 16 bits is scaled to 8, from 12 bits where no value is
+    larger; transparent pixels show white behind them.
+
+    Raises:
+        DecodeError: Damaged, cut short, no image, or of a format that is not read.
+    """
+    try:
+        # Without a format of its list Pillow tries all that it knows.
+        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if _can_open(name)])
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except (MemoryError, DecodeError):
+        raise
+    except UnidentifiedImageError as error:  # whose message names an address in memory
+        raise DecodeError(f"these bytes are {_kind_of(content)}") from error
+    except Exception as error:  # damaged bytes bring nearly any exception out of image codecs
+        raise DecodeError(repr(error)) from error
+
+
+def _can_open(name: str) -> bool:
+    """Whether this build of Pillow knows the format (AVIF is young)."""
+    Image.init()
+    return name in Image.OPEN
+
+
+def _kind_of(content: bytes) -> str:
+    if content.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer instead of an image: fetch the file itself with `git lfs pull`"
+    if content.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
+        return "PostScript, which is not read, since that would start another program"
+    return "no image" if content else "empty"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scaled_grey(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled_grey(image: Image.Image) -> Image.Image:
+    """8-bit grey of values in 12 or 16 bits, or of floats in 0 .. 1 or 0 .. 255."""
+    values = np.asarray(image).astype(np.float64)
+    lowest, highest = float(values.min()), float(values.max())
+    if not 0 <= lowest <= highest:  # NaN too
+        raise DecodeError(f"grey values from {lowest:g} to {highest:g}: they must not be below 0")
+    if image.mode == "F":
+        white = next((white for white in (1.0, 255.0) if highest <= white), None)
+    else:
+        white = next((2.0**depth - 1 for depth in GREY_DEPTHS if highest < 2**depth), None)
+    if white is None:
+        raise DecodeError(f"grey values up to {highest:g}: there is no telling which of them is white")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))

@@ -1,0 +1,131 @@
+"""From the files of a sample to its class: a number, or a name that a list of classes gives a number."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adala.data.images import DecodeError
+
+# Files that may hold a label, in the order in which they are asked.
+LABEL_FIELDS = ("cls", "label", "json", "txt")
+# Under which names a JSON object may hold it.
+JSON_KEYS = ("cls", "label", "class", "class_id", "class_name")
+# Above any number of classes; what is larger is no label.
+LARGEST_LABEL = 2**31 - 1
+
+Classes = tuple[str, ...]
+
+
+class MissingLabelError(DecodeError):
+    """A sample without a label."""
+
+
+def read_label(fields: Mapping[str, bytes], classes: Classes | None = None) -> int:
+    """The class of a sample.
+
+    Numbers may have spaces about them and a fraction of zeros. A name counts where ``classes`` has it, at whose place
+    its number stands. A ``.txt`` that is neither is a caption, and no label.
+
+    Args:
+        fields: Contents of the sample's files by extension.
+        classes: Names of the classes.
+
+    Raises:
+        MissingLabelError: The sample has no label.
+        DecodeError: It has one that is no class.
+    """
+    for field in LABEL_FIELDS:
+        value = _value(field, fields[field]) if field in fields else None
+        if value is None or (field == "txt" and not _is_class(value, classes)):
+            continue
+        try:
+            return _class_of(value, classes)
+        except ValueError as error:
+            raise DecodeError(f"its .{field} is no label: {error}") from error
+    raise MissingLabelError(f"it has no label: none of its files {', '.join(sorted(fields))} holds one")
+
+
+def _value(field: str, content: bytes) -> Any:
+    """What a file says of the label; None where it says nothing of it."""
+    try:
+        text = content.decode("utf-8-sig").strip()
+        if field != "json":
+            return text
+        value = json.loads(text)
+    except ValueError as error:
+        raise DecodeError(f"its .{field} cannot be read: {error}") from error
+    if isinstance(value, dict):
+        return next((value[key] for key in JSON_KEYS if value.get(key) is not None), None)
+    return value
+
+
+def _is_class(value: Any, classes: Classes | None) -> bool:
+    try:
+        _class_of(value, classes)
+    except ValueError:
+        return False
+    return True
+
+
+def _class_of(value: Any, classes: Classes | None) -> int:
+    number = _number(value)
+    if number is None:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is neither a number nor a name")
+        if classes is None:
+            raise ValueError(
+                f"{value[:60]!r} is a name: list the names of all classes in a classes.json or classes.txt beside the "
+                "shards, or in the file that data.classes names"
+            )
+        if value not in classes:
+            raise ValueError(f"{value[:60]!r} is not among the {len(classes)} names of classes")
+        return classes.index(value)
+    if not number.is_integer() or not 0 <= number <= LARGEST_LABEL:
+        raise ValueError(f"{value!r} is not one of 0, 1, 2, ...")
+    return int(number)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_classes(text: str, address: str) -> Classes:
+    """Names of classes in the order of their numbers.
+
+    Args:
+        text: JSON, a list of names or an object from name to number or from number to name, or else a name a line.
+        address: Where it comes from, for messages.
+
+    Raises:
+        ValueError: It is none of these, or a name or a number is there twice, or a number is missing.
+    """
+    names = _names_by_number(text, address) if address.endswith(".json") else text.splitlines()
+    names = [name.strip() if isinstance(name, str) else "" for name in names]
+    while names and not address.endswith(".json") and not names[-1]:
+        names.pop()
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{address} must hold the names of all classes, each once: it holds {len(names)} entries")
+    return tuple(names)
+
+
+def _names_by_number(text: str, address: str) -> list[Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{address} is not JSON ({error}): it must be a list of names of classes") from error
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict) and all(isinstance(number, int) for number in value.values()):
+        value = {str(number): name for name, number in value.items()}
+    if not isinstance(value, dict) or sorted(value) != sorted(str(number) for number in range(len(value))):
+        raise ValueError(f"{address} must be a list of names of classes, or an object from name to number from 0 on")
+    # ImageNet's class index has a pair for each number, an identifier and a name.
+    ordered = [value[str(number)] for number in range(len(value))]
+    return [entry[0] if isinstance(entry, list) and entry else entry for entry in ordered]

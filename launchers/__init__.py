@@ -1,0 +1,1 @@
+"""Commands: ``deepspeed launchers/train.py``, or ``deepspeed --module adala.launchers.train`` once installed."""
