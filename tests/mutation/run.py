@@ -9,11 +9,11 @@ The second form runs only what survived the first. See docs/TESTING.md.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,58 +27,13 @@ import torchmetrics.classification  # noqa: F401
 import torchvision.transforms.v2  # noqa: F401
 import webdataset  # noqa: F401
 from mutants import PROJECT, draw
+from plugins import Selection, Tracer, read_trace
 from torch.utils import tensorboard  # noqa: F401
 
 TESTS = ("tests/adala", "tests/baselines/test_contract.py", "tests/baselines/test_mechanisms.py")
 # A test that takes longer starts processes or reads whole data sets; it would be run hundreds of times.
 LONGEST_TEST_S = 10.0
-
-
-class Tracer:
-    """Writes down which functions of adala/ a test calls, in the processes that it forks too, and how long it takes."""
-
-    def __init__(self, tree: Path):
-        self.prefix, self.known, self.test = f"{tree}/", set(), ""
-        self.output = os.open(tree / "calls.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def note(self, frame, event: str, _) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(self.prefix + "adala/"):
-            called = f"{code.co_filename.removeprefix(self.prefix)}:{code.co_firstlineno}\t{self.test}\n"
-            if called not in self.known:
-                self.known.add(called)
-                os.write(self.output, called.encode())
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.test, self.begun = nodeid, time.monotonic()
-        sys.settrace(self.note)
-        threading.settrace(self.note)
-
-    def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        sys.settrace(None)
-        threading.settrace(None)
-        os.write(self.output, f"{time.monotonic() - self.begun}\t{nodeid}\n".encode())
-
-
-def read_trace(tree: Path) -> tuple[dict[str, set[str]], dict[str, float]]:
-    """The tests that call a function, by its file and first line; and each test's seconds."""
-    calls, seconds = {}, {}
-    for what, test in (line.split("\t") for line in (tree / "calls.txt").read_text().splitlines()):
-        if what.startswith("adala/"):
-            calls.setdefault(what, set()).add(test)
-        else:
-            seconds[test] = float(what)
-    return calls, seconds
-
-
-class Selection:
-    """Runs the named tests only, the fastest first."""
-
-    def __init__(self, tests: set[str], seconds: dict[str, float]):
-        self.tests, self.seconds = tests, seconds
-
-    def pytest_collection_modifyitems(self, items: list) -> None:
-        items[:] = sorted((i for i in items if i.nodeid in self.tests), key=lambda item: self.seconds[item.nodeid])
+FAST_TEST_S = 0.1
 
 
 def run_tests(tree: Path, files: list[str], plugin: object, limit_s: float) -> int:
@@ -108,9 +63,11 @@ def tests_of(mutant: dict, calls: dict[str, set[str]], seconds: dict[str, float]
     places = [place for place in calls if place.startswith(f"{mutant['file']}:")]
     here = calls.get(f"{mutant['file']}:{mutant['function']}")
     tests = {test for place in places for test in calls[place]} if here is None else set(here)
-    # What runs as a module is read is not traced.
-    named = f"test_{Path(mutant['file']).stem}.py"
-    return {t for t in tests | {t for t in seconds if f"/{named}::" in t} if seconds[t] <= LONGEST_TEST_S}
+    tests |= {test for test in seconds if f"/test_{Path(mutant['file']).stem}.py::" in test}
+    if not mutant["function"]:
+        # What runs as a module is read is not traced: every test may see it, the fast ones are asked.
+        tests |= {test for test in seconds if seconds[test] < FAST_TEST_S}
+    return {test for test in tests if seconds[test] <= LONGEST_TEST_S}
 
 
 def judge(tree: Path, mutant: dict, calls: dict[str, set[str]], seconds: dict[str, float]) -> str:
@@ -127,6 +84,8 @@ def judge(tree: Path, mutant: dict, calls: dict[str, set[str]], seconds: dict[st
         status = run_tests(tree, files, Selection(tests, seconds), limit)
     finally:
         path.write_bytes(source)
+    said = (tree / "output.txt").read_text(errors="replace")
+    mutant["by"] = next(iter(re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)), "")
     return {0: "survived", 124: "killed (out of time)"}.get(status, "killed")
 
 
@@ -150,10 +109,9 @@ def main() -> None:
             if not mutant.get("result", "").startswith("killed"):
                 begun = time.monotonic()
                 mutant["result"] = judge(tree, mutant, calls, seconds)
-                where = f"{mutant['file']}:{mutant['line']}"
-                what = f"{mutant['before'][:60]} -> {mutant['after'][:60]}"
-                took = time.monotonic() - begun
-                print(f"{number + 1}/{len(results)} {mutant['result']:9} {took:5.1f} s {where} {what}", flush=True)
+                what = f"{mutant['file']}:{mutant['line']} {mutant['before'][:60]} -> {mutant['after'][:60]}"
+                took, by = time.monotonic() - begun, mutant.get("by", "")
+                print(f"{number + 1}/{len(results)} {mutant['result']:9} {took:5.1f} s {what}  {by}", flush=True)
                 options.output.write_text(json.dumps(results, indent=1) + "\n")
     for name, of in {m["file"]: [n for n in results if n["file"] == m["file"]] for m in results}.items():
         killed = sum(m["result"].startswith("killed") for m in of)
