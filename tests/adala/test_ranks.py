@@ -108,6 +108,17 @@ def test_one_process_is_a_world_of_one() -> None:
     }  # fmt: skip
 
 
+def test_the_place_on_a_node_is_what_the_launcher_says(monkeypatch) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (distributed.local_rank(), distributed.local_world_size()) == (0, 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert (distributed.local_rank(), distributed.local_world_size()) == (2, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert distributed.local_world_size() == 8
+
+
 @pytest.mark.parametrize(
     ("own_rank", "error", "said"),
     [
