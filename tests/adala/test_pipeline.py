@@ -1,6 +1,7 @@
 """A whole run in forked ranks of this process: the table's numbers, what is run again, and what is left alone."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_a_report_is_made_again_where_it_is_gone_and_only_there(again: Path, cap
     assert said.count("finished already") == 3 and "scoring teacher, linearized" in said
     rerun(again, capfd, "--evaluation.probe_l2=10")
     assert json.loads(path.read_text())["identity"]["evaluation.probe_l2"] == 10
+
+
+def test_a_single_stage_is_drawn_and_not_scored(tmp_path: Path, capfd) -> None:
+    write_tiny_recipe(tmp_path)
+    rerun(tmp_path, capfd, stages=(1,))
+    folder = tmp_path / "runs" / "tiny-run"
+    assert not (folder / "report.json").exists() and (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    for number in (1, 2):
+        said = refused(tmp_path, capfd, f"--stage{number}.start_from=/nowhere", stages=(1, 2, 3), overwrite=True)
+        assert "/nowhere holds no exported student" in said
+    assert sorted(path.name for path in folder.glob("stage*")) == ["stage1"], "told before anything is touched"
 
 
 def test_two_ranks_make_the_table_of_one(finished: Path, tmp_path: Path) -> None:
