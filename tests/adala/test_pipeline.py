@@ -1,7 +1,6 @@
 """A whole run in forked ranks of this process: the table's numbers, what is run again, and what is left alone."""
 
 import json
-import re
 import shutil
 from functools import partial
 from pathlib import Path

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from adala.metrics import MetricLog
@@ -62,3 +63,29 @@ def test_the_picture_has_a_panel_a_stage_and_two_of_scores(run: RunFolder) -> No
             assert len(picture.convert("L").getcolors()) > 10, "more than an empty page"
     assert widths == pytest.approx([2 * 4.2 * 110, 4 * 4.2 * 110], abs=2)
     assert [path.name for path in run.path.glob("*.png")] == ["report.png"]
+
+
+def test_what_the_panels_show(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.stage(2).path.mkdir()
+    log = MetricLog(run.stage(2).path)
+    for split, step, loss in (("train", 1, 4.0), ("train", 2, 2.0), ("val", 2, 3.0)):
+        log.append({"split": split, "step": step, "loss": loss})
+    log.close()
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *given, **options: figures.append(self) or savefig(self, *given)
+    )
+    draw_report(run, REPORT)
+    curves, scores, cosines = figures[0].axes
+    assert curves.get_title() == "Stage 2: feature alignment" and curves.get_yscale() == "log"
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in curves.lines}
+    assert drawn == {"train": ([1, 2], [4.0, 2.0]), "val": ([2], [3.0])}
+    for axis, title, values, labels in (
+        (scores, "top-1 (%)", [0.0, 91.23456], ["0.0", "91.2"]),
+        (cosines, "feature cosine to the teacher", [0.876543, 1.0], ["0.877", "1.000"]),
+    ):
+        assert axis.get_title() == title and [bar.get_width() for bar in axis.patches] == values
+        # From the bottom up: the first row on top.
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["stage 1", "teacher"]
+        assert [text.get_text() for text in axis.texts] == labels
+        assert axis.get_xlim() == pytest.approx((0.0, 1.2 * max(values)))
