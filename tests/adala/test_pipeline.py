@@ -133,10 +133,12 @@ def test_a_single_stage_is_drawn_and_not_scored(tmp_path: Path, capfd) -> None:
     rerun(tmp_path, capfd, stages=(1,))
     folder = tmp_path / "runs" / "tiny-run"
     assert not (folder / "report.json").exists() and (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    before = (folder / "stage1" / "finished.json").read_bytes()
     for number in (1, 2):
         said = refused(tmp_path, capfd, f"--stage{number}.start_from=/nowhere", stages=(1, 2, 3), overwrite=True)
         assert "/nowhere holds no exported student" in said
-    assert sorted(path.name for path in folder.glob("stage*")) == ["stage1"], "told before anything is touched"
+        assert (folder / "stage1" / "finished.json").read_bytes() == before, "told before anything is run again"
+    assert [path.name for path in folder.glob("stage*")] == ["stage1"]
 
 
 def test_two_ranks_make_the_table_of_one(finished: Path, tmp_path: Path) -> None:
