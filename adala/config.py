@@ -548,7 +548,7 @@ def _read_recipe(parser: ArgumentParser, path: Path) -> Any:
         ValueError: The file cannot be read, is no mapping, or has a key or a value that it cannot have.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
         if not isinstance(values, dict):
             what = "it is empty" if values is None else f"it holds {_shown(values)}"
             raise ValueError(f"{what}: it must be a mapping of keys such as run_name and stage1")

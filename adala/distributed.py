@@ -24,6 +24,8 @@ ALLREDUCE_BUFFERS = "deepspeed_allreduce_buffer_*"
 # A file so young may belong to a process that has created it and not yet mapped it.
 YOUNG_S = 60
 CLOSING_S = 0.1
+# How long rank 0 may take to end, and the launcher to end the others, on a machine with much to do.
+OTHER_RANKS_WAIT_S = 10.0
 # Where programs that start processes, and know nothing of torch, say how many there are, and which one this is.
 STARTED_BY = {
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
@@ -401,7 +403,7 @@ def report_error(error: Exception | str) -> None:
     if _told_rank() != 0:
         if isinstance(error, SharedError):
             return
-        time.sleep(5)
+        time.sleep(OTHER_RANKS_WAIT_S)
     sentence = error if isinstance(error, str) else _one_sentence(error)
     print(f"error: {sentence}", file=sys.stderr, flush=True)
 

@@ -224,3 +224,14 @@ def test_ctrl_c_while_it_trains(tmp_path: Path) -> None:
         "error: interrupted; the same command goes on from the last checkpoint"
     ]
     assert "Traceback" not in said
+
+
+def test_an_output_that_cannot_take_a_name_does_not_end_the_run(tmp_path: Path) -> None:
+    """As where the standard output's encoding is set by hand: the name is escaped."""
+    folder = tmp_path / "größe"
+    folder.mkdir()
+    done = run_alone(
+        "--recipe", str(write_tiny_recipe(folder)), "--stage", "1", PYTHONUTF8="1", PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"gr\xf6\xdfe" in done.stdout

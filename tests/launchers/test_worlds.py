@@ -65,7 +65,7 @@ def test_half_a_launchers_environment_is_refused(plain, monkeypatch, changes: di
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=sentence):
-        distributed.init_distributed()
+        distributed.init_distributed(timeout_minutes=0.02)
 
 
 @pytest.mark.parametrize("tasks", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
