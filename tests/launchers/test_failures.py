@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import PROJECT, environment
+from launch import PATIENCE_S, PROJECT, environment
 from tiny_run import write_tiny_recipe
 from torch.utils.data import DataLoader, Dataset
 
@@ -189,7 +189,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHO
 
 def run_alone(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments], cwd=PROJECT, env=environment(**variables), timeout=200,
+        [sys.executable, str(TRAIN), *arguments], cwd=PROJECT, env=environment(**variables), timeout=PATIENCE_S,
         capture_output=True, check=False,
     )  # fmt: skip
 
@@ -213,12 +213,12 @@ def test_ctrl_c_while_it_trains(tmp_path: Path) -> None:
     recipe = write_tiny_recipe(tmp_path)
     command = [sys.executable, str(TRAIN), "--recipe", str(recipe), "--stage", "1", "--stage1.steps", "100000"]
     process = subprocess.Popen(command, cwd=PROJECT, env=environment(), stderr=subprocess.PIPE, text=True)
-    metrics, deadline = tmp_path / "runs" / "tiny-run" / "stage1" / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = tmp_path / "runs" / "tiny-run" / "stage1" / "metrics.jsonl", time.monotonic() + PATIENCE_S
     while not metrics.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
         "error: interrupted; the same command goes on from the last checkpoint"
