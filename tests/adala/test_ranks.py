@@ -16,13 +16,12 @@ from adala.distributed import (
     broadcast_object,
     from_rank_0,
     gather_objects,
-    has_lost_peer,
     raise_together,
     rank,
-    report_error,
     say,
     world_size,
 )
+from adala.failures import has_lost_peer, report_error
 
 MISTAKE = "rank 1 has no data"
 
