@@ -1,5 +1,6 @@
 """From the bytes of an image file to the RGB image that people see."""
 
+import functools
 import io
 import logging
 
@@ -43,7 +44,7 @@ def decode_image(content: bytes) -> Image.Image:
     """
     try:
         # Without a format of its list Pillow tries all that it knows.
-        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if _can_open(name)])
+        image = Image.open(io.BytesIO(content), formats=_formats())
         image.load()
         return _to_rgb(_upright(image))
     except (MemoryError, DecodeError):
@@ -65,10 +66,11 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(TURNED_BY[orientation]) if orientation in TURNED_BY else image
 
 
-def _can_open(name: str) -> bool:
-    """Whether this build of Pillow knows the format (AVIF is young)."""
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those that this build of Pillow can open (AVIF is young)."""
     Image.init()
-    return name in Image.OPEN
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def is_git_lfs_pointer(start: bytes) -> bool:
