@@ -21,4 +21,4 @@ demo: $(VENV)/installed
 		launchers/train.py --stage all --run_name demo --overwrite
 
 test: $(VENV)/installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest tests
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest tests -n 2 --dist loadfile

@@ -3,18 +3,15 @@
     recipe = load_recipe("dinov2_large", ["--stage1.lr", "1e-3"])
 
 The string below each field is its documentation and what ``--help`` prints; units stand in it. What its value may be
-stands in ``RULES``, and is checked as soon as a dataclass is made.
+stands in :mod:`adala.rules`, and is checked as soon as a dataclass is made.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
-import math
 import os
 import re
-import typing
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,188 +19,12 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from adala.rules import CONVERSION_KEYS, Checked, rule_of, shown
+
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tiny"
-# Where the embedded data set is written below runs_dir.
-EMBEDDED_FOLDER = "embedded-fashion-mnist"
-# What a conversion may state about a stage in place of the recipe.
-CONVERSION_KEYS = tuple(f"stage{number}.{key}" for number in (1, 2, 3) for key in ("loss", "lr", "weight_decay"))
-# More samples or steps than anybody has; what is above it is a slip of the keyboard.
-LARGEST = 2**31 - 1
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What a value must be.
-
-    Attributes:
-        words: What ends the sentence "it must be ...".
-        holds: Whether a value, of whatever type, is that.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def _whole(low: int, high: int = LARGEST) -> Rule:
-    words = f"a whole number, {low} or more" if high == LARGEST else f"a whole number from {low} to {high}"
-    return Rule(words, lambda value: type(value) is int and low <= value <= high)
-
-
-def _number(words: str, holds: Callable[[float], bool]) -> Rule:
-    return Rule(words, lambda value: type(value) in (int, float) and math.isfinite(value) and holds(value))
-
-
-def _numbers(words: str, count: int, rule: Rule) -> Rule:
-    return Rule(words, lambda value: _is_list(value) and len(value) == count and all(map(rule.holds, value)))
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != "" and "\0" not in value
-
-
-def _is_path(value: Any) -> bool:
-    """A path, whose ``~`` or ``~user`` is somebody's home."""
-    return _is_text(value) and not os.path.expanduser(value).startswith("~")
-
-
-def _is_folder_name(value: Any) -> bool:
-    if not _is_text(value) or value in (".", "..", EMBEDDED_FOLDER) or value != value.strip():
-        return False
-    # What the locale cannot print comes as a lone surrogate, and is a name nevertheless.
-    printable = all(letter.isprintable() or "\udc80" <= letter <= "\udcff" for letter in value)
-    return "/" not in value and printable and len(value.encode(errors="surrogatepass")) <= 200
-
-
-def _are_texts(value: Any) -> bool:
-    return _is_list(value) and all(map(_is_text, value))
-
-
-def _is_json(value: Any) -> bool:
-    """A mapping that the record of a run can hold."""
-    try:
-        return isinstance(value, dict) and json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError):
-        return False
-
-
-SHARDS = Rule(
-    "at least one shard: a pattern, a path or a URL, or a list of them",
-    lambda value: _are_texts(value) and len(value) > 0,
-)
-PATH = Rule("a path (one that begins with ~ needs a home folder of that name)", _is_path)
-RATE = _number("a number above 0, 10 at most", lambda value: 0 < value <= 10)
-
-# By the name of a field, which means the same in every section. Fields without a line here are checked by their type.
-RULES: dict[str, Rule] = {
-    "run_name": Rule(
-        "the name of one folder below runs_dir: printable characters without /, not . or .., not "
-        f"{EMBEDDED_FOLDER} (the embedded data lie there); say in runs_dir where runs lie",
-        _is_folder_name,
-    ),
-    "runs_dir": PATH,
-    "seed": _whole(0, 2**63 - 1),
-    "keep": Rule(
-        "a list of block numbers, counted from 0, each of them once",
-        lambda v: _is_list(v) and all(type(n) is int and 0 <= n <= LARGEST for n in v) and len(set(v)) == len(v),
-    ),
-    "over_conversion": Rule(
-        f"a list of keys among {', '.join(CONVERSION_KEYS)}", lambda v: _are_texts(v) and set(v) <= set(CONVERSION_KEYS)
-    ),
-    "ds_config": PATH,
-    "checkpoint": PATH,
-    "classes": PATH,
-    "train": SHARDS,
-    "val": SHARDS,
-    "train_data": SHARDS,
-    "probe_train": SHARDS,
-    "image_size": _numbers("[height, width] in pixels, two whole numbers from 1 to 16384", 2, _whole(1, 16384)),
-    "mean": _numbers(
-        "three numbers from 0 to 1, for red, green and blue (divide those of 0 to 255 by 255)",
-        3,
-        _number("", lambda value: 0 <= value <= 1),
-    ),
-    "std": _numbers(
-        "three numbers above 0, 1 at most, for red, green and blue (divide those of 0 to 255 by 255)",
-        3,
-        _number("", lambda value: 1e-6 <= value <= 1),
-    ),
-    "num_workers": _whole(0, 256),
-    "shuffle_buffer": _whole(0),
-    "steps": _whole(1),
-    "global_batch_size": _whole(1),
-    "micro_batch_size": _whole(1),
-    "lr": RATE,
-    "head_lr": RATE,
-    "min_lr": _number("a number from 0 to lr", lambda value: value >= 0),
-    "warmup_steps": _whole(0),
-    "weight_decay": _number("a number from 0 to 100", lambda value: 0 <= value <= 100),
-    "betas": _numbers("two numbers from 0 to below 1", 2, _number("", lambda value: 0 <= value < 1)),
-    "gradient_clipping": _number("a finite number, 0 (no clipping) or more", lambda value: value >= 0),
-    "start_from": PATH,
-    "log_every": _whole(1),
-    "save_every": _whole(0),
-    "evaluate_every": _whole(0),
-    "max_skipped_steps": _whole(1),
-    "freeze": Rule("a list of patterns of parameter names", _are_texts),
-    # With a single class the loss is 0 whatever the model says: nothing would train.
-    "num_classes": _whole(2),
-    "label_smoothing": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
-    "head_init_samples": _whole(1),
-    "batch_size": _whole(1),
-    "monitor_samples": _whole(1),
-    "probe_samples": _whole(1),
-    "probe_l2": _number("a finite number, 0 or more", lambda value: value >= 0),
-}
-
-
-def _rule(field: dataclasses.Field) -> Rule:
-    """What a field must be: by its name, else by its type."""
-    if field.name in RULES:
-        return RULES[field.name]
-    if typing.get_origin(field.type) is Literal:
-        choices = typing.get_args(field.type)
-        return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
-    if field.type is bool:
-        return Rule("true or false", lambda value: isinstance(value, bool))
-    if field.type is str:
-        return Rule("a text that is not empty", _is_text)
-    if typing.get_origin(field.type) is dict:
-        return Rule("a mapping of finite numbers, texts, true, false, null, and lists and mappings of them", _is_json)
-    return Rule(f"a section with keys of its own ({field.type.__name__})", lambda value: isinstance(value, field.type))
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message, as YAML has it, and not longer than a line."""
-    text = (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else repr(value)
-    )
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """A section whose values are checked as it is made, and whose lists of names may be given as a single one."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str) and list[str] in typing.get_args(field.type):
-                value = [value]
-                object.__setattr__(self, field.name, value)
-            if value is None and type(None) in typing.get_args(field.type):
-                continue
-            rule = _rule(field)
-            if not rule.holds(value):
-                raise ValueError(f"{field.name} is {_shown(value)}: it must be {rule.words}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -548,9 +369,9 @@ def _read_recipe(parser: ArgumentParser, path: Path) -> Any:
         ValueError: The file cannot be read, is no mapping, or has a key or a value that it cannot have.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
         if not isinstance(values, dict):
-            what = "it is empty" if values is None else f"it holds {_shown(values)}"
+            what = "it is empty" if values is None else f"it holds {shown(values)}"
             raise ValueError(f"{what}: it must be a mapping of keys such as run_name and stage1")
         for field in dataclasses.fields(Recipe):
             if field.name in values and dataclasses.is_dataclass(field.type):
@@ -567,7 +388,7 @@ def _read_recipe(parser: ArgumentParser, path: Path) -> Any:
 def _check_section(name: str, values: dict) -> None:
     section = values[name]
     if not isinstance(section, dict):
-        raise ValueError(f"{name} is {_shown(section)}: it must have keys of its own; leave it out for its defaults")
+        raise ValueError(f"{name} is {shown(section)}: it must have keys of its own; leave it out for its defaults")
     for key in section:
         if f"{name}.{key}" in values:
             raise ValueError(f"{name}.{key} stands here twice, below {name} and by itself")
@@ -579,7 +400,7 @@ def _explained(error: Exception) -> str:
     refused = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got value|Given value): ?(.*)', text)
     field = _field_of(refused[1]) if refused else None
     if field is not None:
-        return f"{refused[1]} is {refused[2] or 'empty'}: it must be {_rule(field).words}"
+        return f"{refused[1]} is {refused[2] or 'empty'}: it must be {rule_of(field).words}"
     if re.match(r"unrecognized arguments: (?!-)", text):
         return f"{text}; several values are one list ('[a, b]'), and a pattern like 'train-*.tar' needs quotes"
     return text

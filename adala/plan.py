@@ -14,7 +14,7 @@ import torch
 
 from adala.attention import resolve_mechanism
 from adala.backbones import NamedModel, build_backbone, load_teacher, read_checkpoint, resolve_name
-from adala.config import EMBEDDED_FOLDER, FinetuningConfig, Recipe, StageConfig
+from adala.config import FinetuningConfig, Recipe, StageConfig
 from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
 from adala.data import ShardIndex
 from adala.data.embedded import TEACHER_PATH
@@ -22,6 +22,7 @@ from adala.distributed import from_rank_0, world_size
 from adala.ds_config import DeepSpeedConfig, load_ds_config
 from adala.export import StudentDescription
 from adala.files import file_digest, value_digest
+from adala.rules import EMBEDDED_FOLDER
 from adala.runs import RunFolder
 from adala.sources import EMBEDDED, Sources
 from adala.tasks import Classification, Task

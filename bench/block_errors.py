@@ -20,9 +20,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from adala.build import build_evaluation_loader, build_teacher, unaligned_student
 from adala.config import Recipe, parse_command
-from adala.distributed import device, report_error
+from adala.distributed import device
 from adala.evaluation import BlockReport, measure_block_errors
 from adala.export import has_student, load_student, read_description
+from adala.failures import report_error
 from adala.plan import resolve_run, run_folder
 
 LINEARIZED = "linearized"

@@ -15,7 +15,8 @@ from throughput import Row, write_table
 
 from adala.attention import mechanism_names
 from adala.config import load_recipe
-from adala.distributed import close_distributed, init_distributed, rank, report_error
+from adala.distributed import close_distributed, init_distributed, rank
+from adala.failures import report_error
 from adala.metrics import read_metrics
 from adala.pipeline import run_stages
 from adala.plan import run_folder

@@ -34,8 +34,9 @@ from adala.build import (
     unaligned_student,
 )
 from adala.config import Recipe, load_recipe
-from adala.distributed import close_distributed, device, init_distributed, report_error
+from adala.distributed import close_distributed, device, init_distributed
 from adala.evaluation import Evaluator
+from adala.failures import report_error
 from adala.files import remove_tree, write_json, write_whole
 from adala.metrics import read_metrics
 from adala.optim import build_optimizer

@@ -6,7 +6,8 @@ deepspeed launchers/train.py --stage all --recipe dinov2_large --stage1.lr 5e-4
 
 import sys
 
-from adala.distributed import SharedError, close_distributed, init_distributed, local_rank, report_failure
+from adala.distributed import SharedError, close_distributed, init_distributed, local_rank
+from adala.failures import report_failure
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """What all tests share: one thread, the modules in tests/fixtures, and a tiny teacher."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,20 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 
 from tiny_teacher import build_tiny_teacher
+
+BUILT = "deepspeed_shm_comm/deepspeed_shm_comm.so"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Has DeepSpeed compile its CPU communication, once, before any test's time runs: it takes a minute or more."""
+    is_worker = hasattr(session.config, "workerinput")
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not is_worker and not (folder and (Path(folder) / BUILT).exists()):
+        program = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+        # ninja, which compiles, may be there alone.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path}
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
 @pytest.fixture

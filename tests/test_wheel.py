@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from launch import PATIENCE_S
 from tiny_run import write_tiny_recipe
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
         copy(PROJECT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", source, source]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=PATIENCE_S)
     (wheel,) = source.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     return site
@@ -52,7 +53,7 @@ def test_the_installed_command_trains_from_another_folder_and_writes_nothing_int
     command = [sys.executable, "-m", "adala.launchers.train", "--recipe", str(recipe), "--stage", "1"]
     arguments = ["--mechanism", "linformer", "--ds_config", "zero2"]
     done = subprocess.run(
-        [*command, *arguments], cwd=tmp_path, env=environment, timeout=300, text=True, capture_output=True
+        [*command, *arguments], cwd=tmp_path, env=environment, timeout=PATIENCE_S, text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my runs/tiny-run/stage1/student.safetensors").is_file()

@@ -1,9 +1,11 @@
 """From the bytes of an image file to the RGB image that people see."""
 
+import functools
 import io
+import logging
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Extension in a shard, in lower case. Which one a file has says that it is an image; its bytes say of which format.
 IMAGE_FIELDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "jp2", "avif")
@@ -13,6 +15,18 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JP
 # Depths in bits of grey images whose values come in 16 or 32 bits. Of the smallest that holds an image's brightest
 # value, that value is white: cameras and scanners of 12 bits write their values as they are.
 GREY_DEPTHS = (12, 16)
+# By EXIF orientation, what turns an image upright.
+TURNED_BY = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeError(ValueError):
@@ -30,9 +44,9 @@ def decode_image(content: bytes) -> Image.Image:
     """
     try:
         # Without a format of its list Pillow tries all that it knows.
-        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if _can_open(name)])
+        image = Image.open(io.BytesIO(content), formats=_formats())
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(_upright(image))
     except (MemoryError, DecodeError):
         raise
     except UnidentifiedImageError as error:  # whose message names an address in memory
@@ -41,14 +55,31 @@ def decode_image(content: bytes) -> Image.Image:
         raise DecodeError(repr(error)) from error
 
 
-def _can_open(name: str) -> bool:
-    """Whether this build of Pillow knows the format (AVIF is young)."""
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as it is where that cannot be read, as browsers show it."""
+    try:
+        # Not Pillow's exif_transpose: it also writes all tags anew, and fails where any of them is damaged.
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # damaged EXIF brings nearly any exception out of its parser
+        logger.debug("an image's EXIF cannot be read (%r): it is left as it is", error)
+        orientation = None
+    return image.transpose(TURNED_BY[orientation]) if orientation in TURNED_BY else image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those that this build of Pillow can open (AVIF is young)."""
     Image.init()
-    return name in Image.OPEN
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def is_git_lfs_pointer(start: bytes) -> bool:
+    """Whether the first bytes of a file are of what Git LFS leaves in place of one that was not fetched."""
+    return start.startswith(b"version https://git-lfs")
 
 
 def _kind_of(content: bytes) -> str:
-    if content.startswith(b"version https://git-lfs"):
+    if is_git_lfs_pointer(content):
         return "a Git LFS pointer instead of an image: fetch the file itself with `git lfs pull`"
     if content.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         return "PostScript, which is not read, since that would start another program"

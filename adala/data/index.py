@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adala.data.addresses import display, expand, is_pattern, is_remote, is_shard, local_path, read_text, unescaped
-from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
+from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image, is_git_lfs_pointer
 from adala.data.labels import Classes, read_classes
 from adala.data.tars import Fields, read_samples
 from adala.files import write_json
@@ -252,6 +252,8 @@ def count_samples(path: Path) -> Census:
             for key, fields in read_samples(stream, str(path)):
                 census += take_census(f"{path.name}/{key}", fields, try_image=census.tried < TRIED_SAMPLES)
     except (tarfile.TarError, EOFError) as error:
+        if is_git_lfs_pointer(path.read_bytes()[:100]):
+            raise ValueError(f"{path} is a Git LFS pointer instead of a shard: fetch it with `git lfs pull`") from error
         raise ValueError(f"the shard {path} is damaged ({error}): fetch it or write it again") from error
     return census
 
@@ -329,7 +331,13 @@ def write_index(folder: str | Path, shards: Sequence[Shard]) -> Path:
         for shard in sorted(shards, key=lambda shard: shard.name)
     ]
     path = own_index(folder)
-    write_json(path, {"shards": entries})
+    try:
+        write_json(path, {"shards": entries})
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path} ({error}): where the shards' folder is not yours, link them into one that is "
+            "(`ln -s`), and index and name that"
+        ) from error
     return path
 
 

@@ -16,13 +16,12 @@ from adala.distributed import (
     broadcast_object,
     from_rank_0,
     gather_objects,
-    has_lost_peer,
     raise_together,
     rank,
-    report_error,
     say,
     world_size,
 )
+from adala.failures import has_lost_peer, report_error
 
 MISTAKE = "rank 1 has no data"
 
@@ -39,13 +38,13 @@ def raises_on_rank(number: int | None) -> str:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_mistake_of_one_rank_is_raised_by_all(number: int) -> None:
-    said = on_ranks(2, raises_on_rank, number, timeout_s=30)
+    said = on_ranks(2, raises_on_rank, number)
     assert said[number] == f"{MISTAKE} (cause OSError, seen by 2)"
     assert said[1 - number] == f"{MISTAKE} (cause none, seen by 2)"
 
 
 def test_nothing_is_raised_where_nothing_is_wrong() -> None:
-    assert on_ranks(2, raises_on_rank, None, timeout_s=30) == ["nothing", "nothing"]
+    assert on_ranks(2, raises_on_rank, None) == ["nothing", "nothing"]
     assert raises_on_rank(None) == "nothing"
     with pytest.raises(SharedError, match=MISTAKE):
         raise_together(ValueError(MISTAKE))
@@ -59,7 +58,7 @@ def both_are_wrong() -> str:
 
 
 def test_of_two_mistakes_the_first_ranks_is_told_by_both() -> None:
-    assert on_ranks(2, both_are_wrong, timeout_s=30) == ["rank 0 is wrong"] * 2
+    assert on_ranks(2, both_are_wrong) == ["rank 0 is wrong"] * 2
 
 
 def on_rank_0_alone(folder: Path, fails: bool) -> object:
@@ -77,7 +76,7 @@ def on_rank_0_alone(folder: Path, fails: bool) -> object:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_rank_0_acts_and_all_know(tmp_path: Path, fails: bool) -> None:
-    assert on_ranks(2, on_rank_0_alone, tmp_path, fails, timeout_s=30) == ["no room" if fails else tmp_path] * 2
+    assert on_ranks(2, on_rank_0_alone, tmp_path, fails) == ["no room" if fails else tmp_path] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["rank0"]
 
 
@@ -94,7 +93,7 @@ def collectives() -> dict[str, object]:
 
 
 def test_collectives(capfd: pytest.CaptureFixture) -> None:
-    found = on_ranks(2, collectives, timeout_s=30)
+    found = on_ranks(2, collectives)
     assert [answer.pop("place") for answer in found] == [(0, 2), (1, 2)]
     expected = {"sum": [3.0, 20.0], "any": (True, False, True), "gathered": ["from 0", "from 1"], "broadcast": "from 0"}
     assert found == [expected, expected]

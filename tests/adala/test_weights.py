@@ -181,8 +181,10 @@ def test_a_file_without_permission_is_one_sentence(tmp_path: Path) -> None:
         "if os.getuid() == 0: os.setresuid(65534, 65534, 65534)\n"
         "read_weights(sys.argv[1])"
     )
-    for folder in [tmp_path, *tmp_path.parents[:2]]:
-        folder.chmod(0o755)
+    # pytest keeps its folders from others; how many there are depends on how the tests are run.
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.stat().st_mode & 0o777 == 0o700:
+            folder.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(path)],
         cwd=Path(__file__).parents[2], text=True, capture_output=True,

@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from launch import PATIENCE_S
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -229,7 +230,7 @@ def run_build(folder: Path, path: str | None = None) -> subprocess.CompletedProc
         "PATH": path or os.environ["PATH"],
     }
     command = [shutil.which("bash"), str(REALDATA / "build.sh")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def test_a_finished_build_is_left_alone(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import PATIENCE_S, launch
 
 from adala.attention import mechanism_names, resolve_mechanism
 from adala.conversion import ADALA, STAGE_NAMES
@@ -23,7 +23,7 @@ STAGES_OF = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("conversions")
-    done = launch(Path(__file__).with_name("conversions_worker.py"), str(folder), timeout_s=500)
+    done = launch(Path(__file__).with_name("conversions_worker.py"), str(folder))
     assert done.returncode == 0, done.stdout
     return folder
 
@@ -52,7 +52,7 @@ def test_exported_students_are_found_in_a_fresh_process(runs: Path) -> None:
         "    print(json.dumps([folder, mixer, list(student(torch.randn(1, 3, 28, 28)).shape)]))\n"
     )
     folders = [str(runs / f"{m}-{c}" / f"stage{max(numbers)}") for (m, c), numbers in STAGES_OF.items()]
-    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [row[0] for row in found] == folders

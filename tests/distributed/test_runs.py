@@ -185,7 +185,7 @@ def test_a_stage_whose_metrics_are_not_finite_is_not_saved(tmp_path: Path) -> No
 def test_ranks_that_see_different_folders_are_told_at_start(tmp_path: Path) -> None:
     """As with a node-local disk: the same relative runs_dir lies somewhere else for the second rank."""
     recipe = write_tiny_recipe(tmp_path, runs_dir="runs")
-    done = launch(Path(__file__).with_name("apart_worker.py"), str(tmp_path), str(recipe), timeout_s=120)
+    done = launch(Path(__file__).with_name("apart_worker.py"), str(tmp_path), str(recipe))
     assert done.returncode != 0
     assert "does not see the files that rank 0 writes into runs/tiny-run" in done.stdout
     assert "Traceback" not in done.stdout

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import PROJECT, environment
+from launch import PATIENCE_S, PROJECT, environment
 from tiny_run import write_tiny_recipe
 from torch.utils.data import DataLoader, Dataset
 
-from adala import distributed, pipeline
+from adala import failures, pipeline
 from adala.attention import registry
 
 TRAIN = PROJECT / "launchers" / "train.py"
@@ -39,7 +39,7 @@ def fail(train, tmp_path: Path, monkeypatch, capfd):
     """Has the run raise an error: the command's status and the one line that it says."""
     monkeypatch.setattr(train, "init_distributed", lambda: None)
     temporary = functools.partial(tempfile.mkstemp, dir=tmp_path / "temporary")
-    monkeypatch.setattr(distributed.tempfile, "mkstemp", temporary)
+    monkeypatch.setattr(failures.tempfile, "mkstemp", temporary)
     (tmp_path / "temporary").mkdir()
 
     def run(error: BaseException | None, *arguments: str) -> tuple[int, str]:
@@ -138,7 +138,7 @@ def test_a_bug_keeps_its_traceback_in_the_run_or_beside(fail, tmp_path: Path, mo
     _, said = fail(bug())
     assert "temporary/adala-error-rank0-" in said
     (tmp_path / "run" / "error-rank0.txt").rmdir()
-    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(failures.time, "sleep", lambda seconds: None)
     for rank in ("0", "3"):
         monkeypatch.setenv("RANK", rank)
         _, said = fail(bug())
@@ -150,8 +150,8 @@ def test_a_bug_keeps_its_traceback_in_the_run_or_beside(fail, tmp_path: Path, mo
 
 def test_a_traceback_that_cannot_be_written_is_printed(tmp_path: Path, monkeypatch, capfd) -> None:
     nowhere = functools.partial(tempfile.mkstemp, dir=tmp_path / "nowhere")
-    monkeypatch.setattr(distributed.tempfile, "mkstemp", nowhere)
-    assert distributed.report_failure(bug()) == 1
+    monkeypatch.setattr(failures.tempfile, "mkstemp", nowhere)
+    assert failures.report_failure(bug()) == 1
     said = capfd.readouterr().err
     assert "Traceback (most recent call last)" in said
     assert said.splitlines()[-1].startswith("error: this is a bug of the program, not your mistake: KeyError: 'bö'; ")
@@ -189,7 +189,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHO
 
 def run_alone(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments], cwd=PROJECT, env=environment(**variables), timeout=200,
+        [sys.executable, str(TRAIN), *arguments], cwd=PROJECT, env=environment(**variables), timeout=PATIENCE_S,
         capture_output=True, check=False,
     )  # fmt: skip
 
@@ -209,18 +209,36 @@ def test_a_run_in_a_folder_that_the_locale_cannot_print(tmp_path: Path) -> None:
     assert (folder / "runs" / "tiny-run" / "report.png").is_file()
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background, these tests perhaps, is deaf to it, and so are its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_while_it_trains(tmp_path: Path) -> None:
     recipe = write_tiny_recipe(tmp_path)
     command = [sys.executable, str(TRAIN), "--recipe", str(recipe), "--stage", "1", "--stage1.steps", "100000"]
-    process = subprocess.Popen(command, cwd=PROJECT, env=environment(), stderr=subprocess.PIPE, text=True)
-    metrics, deadline = tmp_path / "runs" / "tiny-run" / "stage1" / "metrics.jsonl", time.monotonic() + 120
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
+    metrics, deadline = tmp_path / "runs" / "tiny-run" / "stage1" / "metrics.jsonl", time.monotonic() + PATIENCE_S
     while not metrics.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
         "error: interrupted; the same command goes on from the last checkpoint"
     ]
     assert "Traceback" not in said
+
+
+def test_an_output_that_cannot_take_a_name_does_not_end_the_run(tmp_path: Path) -> None:
+    """As where the standard output's encoding is set by hand: the name is escaped."""
+    folder = tmp_path / "größe"
+    folder.mkdir()
+    done = run_alone(
+        "--recipe", str(write_tiny_recipe(folder)), "--stage", "1", PYTHONUTF8="1", PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"gr\xf6\xdfe" in done.stdout

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from launch import PROJECT, environment, free_port, launch
+from launch import PATIENCE_S, PROJECT, environment, free_port, launch
 from tiny_run import write_tiny_recipe
 
 from adala import distributed
@@ -65,7 +65,7 @@ def test_half_a_launchers_environment_is_refused(plain, monkeypatch, changes: di
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=sentence):
-        distributed.init_distributed()
+        distributed.init_distributed(timeout_minutes=0.02)
 
 
 @pytest.mark.parametrize("tasks", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
@@ -74,7 +74,7 @@ def test_two_tasks_of_srun_or_mpirun_say_it_once_and_write_nothing(tmp_path: Pat
     command = [sys.executable, str(TRAIN), "--recipe", str(recipe), "--stage", "1"]
     settings = [environment(**{tasks: "2", distributed.STARTED_BY[tasks]: rank}) for rank in ("0", "1")]
     started = [subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stderr=subprocess.PIPE) for env in settings]
-    said = [process.communicate(timeout=120)[1] for process in started]
+    said = [process.communicate(timeout=PATIENCE_S)[1] for process in started]
     assert [process.returncode for process in started] == [1, 1]
     assert [text.count("none was told its rank") for text in said] == [1, 0]
     assert not any("Traceback" in text for text in said)
@@ -99,7 +99,7 @@ def test_a_rank_that_is_missing_is_waited_for_until_the_time_is_over(plain, monk
 
 def run_launcher(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, cwd=PROJECT, env=environment(**variables), timeout=200, text=True, stdout=subprocess.PIPE,
+        command, cwd=PROJECT, env=environment(**variables), timeout=PATIENCE_S, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
 

@@ -251,3 +251,23 @@ def test_names_that_are_not_ascii_under_a_c_locale(tmp_path, png):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert r"\xe4" in done.stdout and r"\xfc" in done.stdout
+
+
+def test_a_pointer_in_place_of_a_shard_is_told_as_one(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=r"x.tar is a Git LFS pointer .* `git lfs pull`"):
+        build_index(tmp_path)
+
+
+def test_shards_in_a_folder_that_cannot_be_written_are_linked_into_another(tmp_path, two_samples, monkeypatch):
+    def read_only(*_):
+        raise PermissionError("Permission denied")
+
+    with monkeypatch.context() as changed:
+        changed.setattr("adala.data.index.write_json", read_only)
+        with pytest.raises(ValueError, match=r"cannot write .*index.json \(Permission denied\): .*`ln -s`"):
+            build_index(two_samples.parent)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/x.tar").symlink_to(two_samples)
+    build_index(tmp_path / "mine")
+    assert load_index([str(tmp_path / "mine")]).num_samples == 2

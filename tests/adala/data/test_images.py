@@ -33,6 +33,7 @@ def pixels(content: bytes) -> np.ndarray:
         (4, lambda seen: seen[::-1]),
         (5, lambda seen: seen.transpose(1, 0, 2)),
         (6, lambda seen: np.rot90(seen, 1)),
+        (7, lambda seen: seen[::-1, ::-1].transpose(1, 0, 2)),
         (8, lambda seen: np.rot90(seen, -1)),
     ],
 )
@@ -43,6 +44,22 @@ def test_an_image_is_seen_upright(orientation, turned):
     exif[ORIENTATION] = orientation
     stored = Image.fromarray(np.ascontiguousarray(turned(seen)))
     assert np.array_equal(pixels(encoded(stored, "PNG", exif=exif)), seen)
+
+
+@pytest.mark.parametrize(("damage", "turned"), [(b"", True), (b"MM", False)], ids=["other_tags", "all"])
+def test_damaged_exif_loses_the_orientation_at_most(damage: bytes, turned: bool) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    exif[0x0103] = 1
+    content = exif.tobytes()
+    if damage:
+        content = content.replace(damage, b"??", 1)
+    else:
+        # The other tag, a short number, is now said to be a string of 4 GB.
+        content = content.replace(b"\x01\x03\x00\x03\x00\x00\x00\x01", b"\x01\x03\x00\x02\xff\xff\xff\xff")
+    assert content != exif.tobytes()
+    image = decode_image(encoded(Image.new("RGB", (6, 4)), "PNG", exif=content))
+    assert image.size == ((4, 6) if turned else (6, 4))
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])

@@ -10,6 +10,7 @@ from itertools import islice
 
 import pytest
 import torch
+from launch import PATIENCE_S
 from PIL import Image
 
 import adala.data.loader
@@ -336,7 +337,7 @@ batches = iter(TrainLoader(index, transform, global_batch_size=4, micro_batch_si
 next(batches)
 raise RuntimeError("the step failed")
 """
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
     assert finished.returncode == 1
     assert finished.stderr.strip().endswith("RuntimeError: the step failed")
 

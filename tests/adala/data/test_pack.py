@@ -27,10 +27,12 @@ def numbered(png):
     return lambda count: ({"png": png(number), "cls": number} for number in range(count))
 
 
-def test_shards_have_the_asked_size_and_an_index(tmp_path, numbered):
-    write_shards(numbered(7), tmp_path / "new", "train", 3)
-    assert [shard.samples for shard in load_index([f"{tmp_path}/new/train-*.tar"]).shards] == [3, 3, 1]
-    assert [sample.label for sample in samples_of(tmp_path / "new", "train")] == list(range(7))
+@pytest.mark.parametrize("name", ["new", "a:b/100% {x,y} [z]/größe"])
+def test_shards_have_the_asked_size_and_an_index(tmp_path, numbered, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_shards(numbered(7), name, "train", 3)
+    assert [shard.samples for shard in load_index([f"{name}/train-*.tar"]).shards] == [3, 3, 1]
+    assert [sample.label for sample in samples_of(name, "train")] == list(range(7))
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path, numbered):
