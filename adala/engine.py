@@ -203,11 +203,12 @@ class Engine:
         """Reads what :meth:`save` wrote, on as many ranks and under the same ZeRO stage.
 
         Raises:
-            ValueError: It was written under other conditions.
+            ValueError: There is none.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:
+        # For a folder that is not there DeepSpeed raises an AssertionError.
+        if not (folder / "deepspeed").is_dir():
             raise ValueError(f"checkpoint {folder}: DeepSpeed finds nothing to load there")
+        self._engine.load_checkpoint(str(folder), tag="deepspeed")
 
     def full_state(self) -> dict[str, Tensor]:
         """All parameters and buffers on the CPU, gathered from whatever ZeRO stage; every rank calls it.

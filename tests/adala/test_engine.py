@@ -118,6 +118,8 @@ def save_and_load(zero: str, folder: Path) -> tuple[int, int]:
     train(engine, 3)
     expected = engine.full_state()
     restored = build_engine(zero)
+    with pytest.raises(ValueError, match="DeepSpeed finds nothing to load there"):
+        restored.load(folder / "nowhere")
     restored.load(folder / "saved")
     train(restored, 3)
     for name, value in restored.full_state().items():

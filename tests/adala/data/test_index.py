@@ -1,6 +1,7 @@
 import functools
 import http.server
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -120,6 +121,15 @@ def serve():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr("adala.data.addresses.HTTP_TIMEOUT_S", 0.2)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        with pytest.raises(ValueError, match=r"cannot read the shard index http://.*timed out"):
+            load_index([f"http://127.0.0.1:{deaf.getsockname()[1]}/x/train-*.tar"])
 
 
 def test_shards_over_http_are_indexed_and_read(shard_folder, serve):

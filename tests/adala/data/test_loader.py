@@ -92,6 +92,21 @@ def test_an_epoch_is_the_same_set_on_all_topologies_and_the_same_sequence_each_t
     assert epoch_sets[0] != epoch_sets[1]
 
 
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_epochs_whose_batches_do_not_divide_by_the_workers(train_loader, index, num_workers):
+    """Four micro-batches of 16 an epoch, and five of 12: the next epoch begins with another worker than the last."""
+    for micro_batch_size in (16, 12):
+        loader = train_loader(
+            global_batch_size=micro_batch_size, micro_batch_size=micro_batch_size, num_workers=num_workers
+        )
+        per_epoch = index.num_samples // micro_batch_size
+        batches = take(loader, 3 * per_epoch)
+        assert [batch["epoch"] for batch in batches] == [epoch for epoch in range(3) for _ in range(per_epoch)]
+        for epoch in range(3):
+            seen = ids(batch for batch in batches if batch["epoch"] == epoch)
+            assert len(seen) == len(set(seen)) == per_epoch * micro_batch_size
+
+
 def test_batches_are_shuffled_by_seed_and_epoch(train_loader):
     orders = {
         tuple(ids(take(train_loader(seed=seed, state=StreamState(epoch)), 1))) for seed in (1, 2) for epoch in (0, 1)
