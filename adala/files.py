@@ -39,6 +39,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}): restore it, or remove it to do without") from error
 
 
+def is_git_lfs_pointer(start: bytes) -> bool:
+    """Whether the first bytes of a file are of what Git LFS leaves in place of one that was not fetched."""
+    return start.startswith(b"version https://git-lfs")
+
+
 def sync_file(path: Path) -> None:
     """Waits until a file's contents are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from adala.files import is_git_lfs_pointer
+
 # Under which of these a checkpoint keeps the model beside what else it holds; averaged weights come first.
 NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "encoder", "module")
 # What wrappers put before every name.
@@ -58,7 +60,7 @@ def _first_bytes(path: Path) -> bytes:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not start:
         raise ValueError(f"{path} is empty: copy it again")
-    if start.startswith(b"version https://git-lfs"):
+    if is_git_lfs_pointer(start):
         raise ValueError(
             f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it is from"
         )

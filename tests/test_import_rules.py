@@ -21,8 +21,8 @@ LAYERS: list[set[str]] = [
     {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.ds_config", "adala.similarity"},
     {"adala.losses", "adala.conversion"},
     {"adala.attention"},
-    {"adala.config", "adala.failures"},
-    {"adala.rules", "adala.distributed", "adala.files", "adala.weights"},
+    {"adala.config", "adala.failures", "adala.weights"},
+    {"adala.rules", "adala.distributed", "adala.files"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
 

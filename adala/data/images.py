@@ -7,6 +7,8 @@ import logging
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from adala.files import is_git_lfs_pointer
+
 # Extension in a shard, in lower case. Which one a file has says that it is an image; its bytes say of which format.
 IMAGE_FIELDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "jp2", "avif")
 # Pillow's names. Left out are formats that start other programs (EPS: Ghostscript) and such as are no photographs. MPO
@@ -71,11 +73,6 @@ def _formats() -> tuple[str, ...]:
     """Those that this build of Pillow can open (AVIF is young)."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def is_git_lfs_pointer(start: bytes) -> bool:
-    """Whether the first bytes of a file are of what Git LFS leaves in place of one that was not fetched."""
-    return start.startswith(b"version https://git-lfs")
 
 
 def _kind_of(content: bytes) -> str:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from adala.data.addresses import display, expand, is_pattern, is_remote, is_shard, local_path, read_text, unescaped
-from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image, is_git_lfs_pointer
+from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
 from adala.data.labels import Classes, read_classes
 from adala.data.tars import Fields, read_samples
-from adala.files import write_json
+from adala.files import is_git_lfs_pointer, write_json
 
 INDEX_NAME = "index.json"
 OWN_INDEX_NAME = "adala-index.json"
@@ -125,10 +125,7 @@ def read_index(folder: str) -> dict[str, Shard]:
     Raises:
         ValueError: There is no index, or none that says what is needed.
     """
-    shards, problem = _read_listing(folder, INDEX_NAME)
-    if shards is None or problem is not None:
-        own, _ = _read_listing(folder, OWN_INDEX_NAME)
-        shards = shards if own is None else own
+    shards, problem = _find_listing(folder)
     if shards is None:
         raise ValueError(
             f"{problem}: write it with `{index_command(folder)}`"
@@ -136,6 +133,20 @@ def read_index(folder: str) -> dict[str, Shard]:
         )
     classes = _classes_beside(folder)
     return {shard.name: replace(shard, classes=classes) for shard in shards}
+
+
+def listed_shards(folder: str) -> list[Shard]:
+    """The shards that a folder's index lists, whoever's it is; none where no index tells. See :func:`read_index`."""
+    return _find_listing(folder)[0] or []
+
+
+def _find_listing(folder: str) -> tuple[list[Shard] | None, str | None]:
+    """As :func:`_read_listing`, of whichever index counts."""
+    shards, problem = _read_listing(folder, INDEX_NAME)
+    if problem is not None:
+        own, _ = _read_listing(folder, OWN_INDEX_NAME)
+        shards = shards if own is None else own
+    return shards, problem
 
 
 def _read_listing(folder: str, name: str) -> tuple[list[Shard] | None, str | None]:
@@ -247,13 +258,14 @@ def count_samples(path: Path) -> Census:
         ValueError: The file is not a tar of samples, or truncated, or see :func:`adala.data.tars.read_samples`.
     """
     census = Census()
+    with open(path, "rb") as stream:
+        if is_git_lfs_pointer(stream.read(100)):
+            raise ValueError(f"{path} is a Git LFS pointer instead of a shard: fetch it with `git lfs pull`")
     try:
         with open(path, "rb") as stream:
             for key, fields in read_samples(stream, str(path)):
                 census += take_census(f"{path.name}/{key}", fields, try_image=census.tried < TRIED_SAMPLES)
     except (tarfile.TarError, EOFError) as error:
-        if is_git_lfs_pointer(path.read_bytes()[:100]):
-            raise ValueError(f"{path} is a Git LFS pointer instead of a shard: fetch it with `git lfs pull`") from error
         raise ValueError(f"the shard {path} is damaged ({error}): fetch it or write it again") from error
     return census
 

@@ -23,10 +23,10 @@ from adala.data.index import (
     CLASSES_NAMES,
     Shard,
     count_samples,
+    listed_shards,
     load_classes,
     load_index,
     own_index,
-    read_index,
     write_index,
 )
 from adala.files import write_json
@@ -52,7 +52,7 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: str | Path, split: s
         samples_per_shard: Of all shards but the last.
 
     Raises:
-        ValueError: No samples, or a split with a folder in its name.
+        ValueError: No samples, a split with a folder in its name, or shards of less than one sample.
     """
     folder = Path(folder).absolute()
     if not split or "/" in split:
@@ -83,9 +83,7 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: str | Path, split: s
 
 
 def _shards_of_other_splits(folder: Path, split: str) -> list[Shard]:
-    if not own_index(folder).exists():
-        return []
-    return [shard for name, shard in read_index(f"{folder}/").items() if not _is_of_split(name, split)]
+    return [shard for shard in listed_shards(f"{folder}/") if not _is_of_split(shard.name, split)]
 
 
 def _is_of_split(name: str, split: str) -> bool:

@@ -206,6 +206,13 @@ def test_a_foreign_index_is_never_overwritten(two_samples, content):
     assert (folder / "index.json").read_text() == content
 
 
+def test_a_split_that_is_added_leaves_those_of_a_foreign_index_listed(two_samples, png):
+    folder = two_samples.parent
+    (folder / "index.json").write_text(json.dumps(wids(two_samples)))
+    write_shards([{"png": png(0)}], folder, "val", 1)
+    assert {shard.name: shard.samples for shard in load_index([str(folder)]).shards} == {"val-00000.tar": 1, "x.tar": 2}
+
+
 def test_ours_goes_before_webdatasets(two_samples, png):
     folder = two_samples.parent
     (folder / "index.json").write_text(json.dumps(wids(two_samples)))
