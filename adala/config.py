@@ -47,7 +47,7 @@ class DataConfig(Checked):
     """Shards and preprocessing that the stages share."""
 
     train: list[str] | str = dataclasses.field(default_factory=lambda: ["embedded:train"])
-    """Training shards: brace patterns, globs, paths or URLs beside an index.json, one or a list of them;
+    """Training shards: folders, globs, brace patterns or URLs beside an index, one or a list (docs/DATA.md);
     ``embedded:train`` is built in."""
     val: list[str] | str = dataclasses.field(default_factory=lambda: ["embedded:val"])
     """Held-out shards."""

@@ -422,7 +422,7 @@ def _stage_conditions(
     training: ShardIndex,
 ) -> dict[str, Any]:
     """Everything that decides the stage's result but where it starts from, as JSON gives it back."""
-    config = dataclasses.asdict(recipe.stage(number))
+    config, labelled = dataclasses.asdict(recipe.stage(number)), STAGES[number].build_task is not None
     own = {f"stage{number}.{key}": value for key, value in config.items() if key not in MAY_CHANGE + BY_DIGEST}
     if config.get("head_init") == "probe":
         own["evaluation.probe_l2"] = recipe.evaluation.probe_l2
@@ -440,7 +440,7 @@ def _stage_conditions(
         "data.mean": list(data.mean),
         "data.std": list(data.std),
         "data.shuffle_buffer": data.shuffle_buffer,
-        f"stage{number}.train_data or data.train (its shards)": _index_digest(training, step.stage == "finetuning"),
+        f"stage{number}.train_data or data.train (its shards)": _index_digest(training, labelled),
         "ds_config (its precision)": model.precision.precision,
         **own,
     }

@@ -116,7 +116,7 @@ def measure_accuracy(
     scorer = build_scorer(plan.data, plan.evaluation, teacher)
     teacher_top1 = scorer.score(Candidate(teacher)).value
     if teacher_top1 is None:
-        raise ValueError("accuracy needs labels, and the samples of data.val or data.train have no .cls files")
+        raise ValueError("accuracy needs labels, and the samples of data.val or data.train have none")
     say(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %")
     rows = []
     for mechanism, name in [(each, name) for each in mechanisms for name in conversion_names(each)]:

@@ -43,7 +43,7 @@ class FeatureCollector:
             ValueError: The batch has no labels.
         """
         if "label" not in batch:
-            raise ValueError("a linear probe needs labels: its shards have no .cls files")
+            raise ValueError("a linear probe needs labels: its shards have none (docs/DATA.md)")
         prefix, has_class_token = self._model.num_prefix_tokens, self._model.has_class_token
         tokens = outputs["features"].float()
         self._values.append(pool_tokens(tokens, prefix, self._pooling, has_class_token).cpu())

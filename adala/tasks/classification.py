@@ -57,7 +57,7 @@ class Classification(Task):
             ValueError: The batch has no labels, or one outside the head's classes.
         """
         if "label" not in batch:
-            raise ValueError("Stage 3 needs labels: its shards have no .cls files (stage3.train_data, data.train)")
+            raise ValueError("Stage 3 needs labels: its shards have none (stage3.train_data, data.train)")
         lowest, highest = int(batch["label"].min()), int(batch["label"].max())
         if lowest < 0 or highest >= self.num_classes:
             raise ValueError(
