@@ -271,6 +271,7 @@ def rehearse(plan: RunPlan) -> None:
         with torch.device("meta"):
             outline = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
             check_image_size(outline, model.teacher.image_size)
+            check_image_size(outline, stage_plan.data.image_size)
             student = unaligned_student(model, outline)
             prepare_student(stage_plan, student)
             stage = build_stage(stage_plan, student, outline)

@@ -94,6 +94,9 @@ class StageConfig(Checked):
     """Training shards of this stage; null takes data.train."""
     augmentation: Literal["none", "crop", "shift", "strong"] = "crop"
     """Training augmentation."""
+    image_size: list[int] | None = None
+    """Height and width in pixels that this stage trains on and is evaluated on meanwhile; null takes data.image_size,
+    which the model is built for. A smaller one is cheaper: position embeddings are resampled as images come."""
     start_from: str = "auto"
     """``auto`` (the newest earlier stage's student in this run, else the linearized teacher), ``linearized``, or a
     folder with an exported student."""

@@ -135,7 +135,7 @@ class StagePlan:
         trainable: Patterns of the student's parameters that train.
         frozen: Patterns of those among them that do not.
         model: Of all stages alike.
-        data: Of all stages alike.
+        data: Of all stages alike, but for an image size of its own.
         training: Its samples.
         held_out: What it is evaluated on while it trains, the first ``monitor_samples`` of it.
         monitor_samples: See ``held_out``.
@@ -379,6 +379,7 @@ def _resolve_stage(
         if (different := read.missing_labels(sources, recipe.data.val)) is not None:
             raise ValueError(f"{sources_key} and data.val do not have the same labels: {different}")
     micro, accumulation = _divide_batch(number, config)
+    own_data = data if config.image_size is None else dataclasses.replace(data, image_size=tuple(config.image_size))
     trainable = QKV_PATTERNS if getattr(config, "trainable", "all") == "qkv" else step.trainable
     return StagePlan(
         number=number,
@@ -388,7 +389,7 @@ def _resolve_stage(
         trainable=tuple(trainable),
         frozen=tuple(getattr(config, "freeze", ())),
         model=model,
-        data=data,
+        data=own_data,
         training=training,
         held_out=held_out,
         monitor_samples=recipe.evaluation.monitor_samples,

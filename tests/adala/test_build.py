@@ -243,3 +243,19 @@ def test_a_scorer_follows_the_plan(recipe: Path) -> None:
     assert sum(len(batch["id"]) for batch in scorer.held_out) == 14
     unlabelled = dataclasses.replace(plan.evaluation, probe_train=None)
     assert build_scorer(plan.data, unlabelled, scorer.teacher).probe_train is None
+
+
+def test_a_stage_trains_at_an_image_size_of_its_own(recipe: Path) -> None:
+    """The model keeps its position embedding, and a stage's result is one of the size that it saw."""
+    usual, small = (plan_stage(recipe, 2, overrides) for overrides in ([], ["--stage2.image_size", "[8, 12]"]))
+    stage = build_tiny_stage(small)
+    assert stage.student.pos_embed.shape == build_tiny_stage(usual).student.pos_embed.shape == (1, 17, 32)
+    batch = next(iter(build_train_loader(small)))
+    assert batch["image"].shape == (8, 3, 8, 12)
+    assert next(iter(build_monitor_loader(small)))["image"].shape[2:] == (8, 12)
+    assert stage.eval()(batch)["features"].shape == (8, 1 + 2 * 3, 32)
+    differs = {key for key, value in small.conditions.items() if value != usual.conditions[key]}
+    assert differs == {"stage2.image_size"}
+    run = resolve_run(load_recipe(str(recipe), ["--stage2.image_size", "[8, 10]"]), (1, 2))
+    with pytest.raises(ValueError, match="image size 8 x 10 is not divisible by the patch size 4 x 4"):
+        rehearse(run)

@@ -173,6 +173,7 @@ STAGE = {
     "save_every": [-1, 2**31],
     "evaluate_every": [-1],
     "max_skipped_steps": [0, -1],
+    "image_size": [[], [28], [0, 28], [28, 10**9]],
 }
 # By section: values that each key must refuse.
 REFUSED: dict[str, dict[str, list]] = {
