@@ -12,6 +12,7 @@ from adala.students import linearize
 _LAZY = {
     "load_teacher": "adala.backbones",
     "load_student": "adala.export",
+    "load_task_model": "adala.export",
     "load_classifier": "adala.export",
     "mechanism_names": "adala.attention",
 }

@@ -30,7 +30,7 @@ FAMILIES = ("vision_transformer", "deit")
 SET_ELSEWHERE = {
     "img_size": "the image size is set by data.image_size (image_size)",
     "dynamic_img_size": "it is always on, so that a model takes several image sizes",
-    "num_classes": "a backbone has no classifier; classes are set by stage3.num_classes",
+    "num_classes": "a backbone has no classifier; classes are set by stage3.task.num_classes",
     "features_only": "a backbone always gives the features of all tokens",
 }
 # What else timm's constructor takes; not its factory's arguments, which go past it.

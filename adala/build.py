@@ -13,14 +13,7 @@ from adala.attention import insert_lora
 from adala.backbones import build_backbone, check_image_size, load_teacher
 from adala.checkpoint import KEPT_CHECKPOINTS
 from adala.conversion import LoraSpec
-from adala.data import (
-    EvaluationLoader,
-    ShardIndex,
-    StreamState,
-    TrainLoader,
-    build_eval_transform,
-    build_train_transform,
-)
+from adala.data import EvaluationLoader, Preparation, ShardIndex, StreamState, TrainLoader, View, prepare_images
 from adala.distributed import device, from_rank_0, rank, say, world_size
 from adala.engine import Engine, check_ds_config
 from adala.evaluation import Features, Scorer, collect_features, fit_probe
@@ -31,6 +24,7 @@ from adala.plan import DataPlan, EvaluationPlan, ModelPlan, RunPlan, StagePlan, 
 from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import LinearizedVisionTransformer, linearize
+from adala.tasks import Task
 
 # Images on which the variance of a stage's targets is measured.
 CALIBRATION_SAMPLES = 128
@@ -175,12 +169,12 @@ def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
 
     Paper: arXiv 2202.10054 (LP-FT).
     """
-    batches = build_evaluation_loader(plan.data, plan.training, plan.config.head_init_samples, labelled=True)
-    head, student = stage.head, stage.student.eval()
-    features = collect_features({"": student}, batches, plan.config.pooling)[""]
+    task, head, student = plan.task, stage.head, stage.student.eval()
+    batches = build_evaluation_loader(plan.data, plan.training, plan.config.head_init_samples, task)
+    features = collect_features({"": student}, batches, head.pooling)[""]
     normalized = Features(head.norm(features.values.to(device())).cpu(), features.labels)
     # On rank 0 alone: L-BFGS would round differently on machines that differ.
-    weight, bias = from_rank_0(lambda: fit_probe(normalized, plan.config.num_classes, plan.probe_l2))
+    weight, bias = from_rank_0(lambda: fit_probe(normalized, task.num_classes, plan.probe_l2))
     head.linear.load_state_dict({"weight": weight, "bias": bias})
     student.train()
 
@@ -210,10 +204,9 @@ def build_engine(plan: StagePlan, stage: nn.Module) -> Engine:
 def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> TrainLoader:  # noqa: B008 (immutable)
     """The stage's training batches on this rank, from where ``state`` stands."""
     data = plan.data
-    transform = build_train_transform(data.image_size, data.mean, data.std, augmentation=plan.config.augmentation)
     return TrainLoader(
         plan.training,
-        transform,
+        preparation_of(plan.task, data.view, plan.config.augmentation),
         global_batch_size=plan.config.global_batch_size,
         micro_batch_size=plan.micro_batch_size,
         seed=plan.model.seed,
@@ -221,31 +214,46 @@ def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> T
         world_size=world_size(),
         num_workers=data.num_workers,
         shuffle_buffer=data.shuffle_buffer,
-        labelled=plan.task is not None,
         pin_memory=device().type == "cuda",
         state=state,
     )
 
 
+def preparation_of(task: Task | None, view: View, augmentation: str | None = None) -> Preparation:
+    """What becomes of a sample: with the task's target, or the image alone; as held-out where nothing is augmented."""
+    return task.prepare(view, augmentation) if task else prepare_images(view.image_transform(augmentation))
+
+
 def build_evaluation_loader(
-    data: DataPlan, index: ShardIndex, limit: int | None = None, labelled: bool = False
+    data: DataPlan,
+    index: ShardIndex,
+    limit: int | None = None,
+    task: Task | None = None,
+    preparation: Preparation | None = None,
 ) -> EvaluationLoader:
-    """This rank's part of a data set, each sample once over all ranks; ``limit`` takes the first so many only."""
+    """This rank's part of a data set, each sample once over all ranks.
+
+    Args:
+        data: How samples become batches.
+        index: The data set.
+        limit: Takes the first so many samples only.
+        task: Whose targets are wanted.
+        preparation: Of samples that come one by one, in place of the task's for samples of one size.
+    """
     return EvaluationLoader(
         index,
-        build_eval_transform(data.image_size, data.mean, data.std),
-        batch_size=data.evaluation_batch_size,
+        preparation or preparation_of(task, data.view),
+        batch_size=1 if preparation else data.evaluation_batch_size,
         rank=rank(),
         world_size=world_size(),
         num_workers=data.num_workers,
-        labelled=labelled,
         limit=limit,
     )
 
 
 def build_monitor_loader(plan: StagePlan) -> EvaluationLoader:
     """What a stage is evaluated on while it trains."""
-    return build_evaluation_loader(plan.data, plan.held_out, plan.monitor_samples, labelled=plan.task is not None)
+    return build_evaluation_loader(plan.data, plan.held_out, plan.monitor_samples, plan.task)
 
 
 def build_scorer(data: DataPlan, evaluation: EvaluationPlan, teacher: VisionTransformer) -> Scorer:
@@ -271,7 +279,7 @@ def rehearse(plan: RunPlan) -> None:
         with torch.device("meta"):
             outline = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
             check_image_size(outline, model.teacher.image_size)
-            check_image_size(outline, stage_plan.data.image_size)
+            check_image_size(outline, stage_plan.data.view.image_size)
             student = unaligned_student(model, outline)
             prepare_student(stage_plan, student)
             stage = build_stage(stage_plan, student, outline)

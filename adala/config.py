@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from adala.rules import CONVERSION_KEYS, Checked, rule_of, shown
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tiny"
+# Keys that recipes had once, and where what they said stands now.
+MOVED = {f"stage3.{key}": f"stage3.task.{key}" for key in ("num_classes", "pooling", "label_smoothing")}
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -137,18 +139,15 @@ class FeatureAlignmentConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningConfig(StageConfig):
-    """Stage 3: a classification head on the student, supervised."""
+    """Stage 3: a task's head on the student, supervised."""
 
-    num_classes: int = 10
-    """Classes in the labels."""
-    pooling: Literal["cls", "patch", "cls_patch"] = "cls_patch"
-    """What the head sees: the class token, the mean patch token, or both side by side."""
-    label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy."""
+    task: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "classification", "num_classes": 10})
+    """What is trained for: its ``name`` (classification, multilabel, segmentation, or an installed package's) and its
+    options, as docs/TASKS.md lists them."""
     freeze_backbone: bool = False
-    """Train a linear head on frozen features."""
+    """Train the head alone, on frozen features."""
     head_init: Literal["random", "probe"] = "random"
-    """``probe`` starts the head as a linear probe on frozen features (LP-FT)."""
+    """``probe`` starts a classification head as a linear probe on frozen features (LP-FT)."""
     head_init_samples: int = 16000
     """Training samples that the probe of head_init is fitted on (the first ones, in shard order)."""
     head_lr: float | None = None
@@ -295,14 +294,28 @@ def parse_command(arguments: Sequence[str]) -> Command:
     try:
         path = recipe_path(_recipe_argument(arguments))
         defaults = _read_recipe(parser, path)
+        _refuse_moved(_keys_given(arguments))
         parsed = parser.parse_args(list(arguments), namespace=defaults)
     except (ArgumentError, OverflowError) as error:
         raise ValueError(f"command line: {_explained(error)}") from error
-    recipe = _build_recipe(parsed.as_dict())
+    recipe = _build_recipe(_typed_below(parsed.as_dict(), _keys_given(arguments)))
     asked = [key for key in _keys_given(arguments) if key in CONVERSION_KEYS and key not in recipe.over_conversion]
     recipe = dataclasses.replace(recipe, over_conversion=[*recipe.over_conversion, *asked])
     stages = (1, 2, 3) if parsed.stage == "all" else (int(parsed.stage),)
     return Command(recipe, stages, parsed.overwrite)
+
+
+def _typed_below(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Within mappings the parser leaves text as it is from the second level on (``--stage3.task.head_options.depth 2``):
+    here it is read as a recipe's would be."""
+    for key in keys:
+        *path, last = key.split(".")
+        below = values
+        for part in path:
+            below = below.get(part) if isinstance(below, dict) else None
+        if len(path) > 2 and isinstance(below, dict) and isinstance(below.get(last), str):
+            below[last] = yaml.load(below[last], _RecipeLoader)
+    return values
 
 
 def _build_recipe(values: dict[str, Any]) -> Recipe:
@@ -323,6 +336,12 @@ def load_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Re
         ValueError: As :func:`parse_command`.
     """
     return parse_command(["--recipe", name, *overrides]).recipe
+
+
+def _refuse_moved(keys: Iterable[str]) -> None:
+    for key in keys:
+        if key in MOVED:
+            raise ValueError(f"{key} is {MOVED[key]} now: a task's options stand together, beside its name")
 
 
 def _keys_given(arguments: Sequence[str]) -> list[str]:
@@ -379,6 +398,7 @@ def _read_recipe(parser: ArgumentParser, path: Path) -> Any:
         for field in dataclasses.fields(Recipe):
             if field.name in values and dataclasses.is_dataclass(field.type):
                 _check_section(field.name, values)
+        _refuse_moved(_dotted_keys(values))
         return parser.parse_object(values)
     except UnicodeDecodeError as error:
         raise ValueError(f"recipe {path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
@@ -386,6 +406,12 @@ def _read_recipe(parser: ArgumentParser, path: Path) -> Any:
         raise ValueError(f"recipe {path}: it cannot be read ({error.strerror})") from error
     except (ArgumentError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"recipe {path}: {_explained(error)}") from error
+
+
+def _dotted_keys(values: dict) -> Iterator[str]:
+    for key, value in values.items():
+        yield str(key)
+        yield from (f"{key}.{below}" for below in value) if isinstance(value, dict) else ()
 
 
 def _check_section(name: str, values: dict) -> None:

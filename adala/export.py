@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from adala.backbones import CONFIG, build_backbone
 from adala.files import sync_file, write_json
 from adala.runs import ATTEMPT, CHECKPOINT_MARKER
 from adala.students import LinearizedVisionTransformer, linearize
-from adala.tasks import Task, read_task
+from adala.tasks import Prediction, Task, read_task
 from adala.weights import find_difference, in_float32, read_weights
 
 WEIGHTS = "student.safetensors"
@@ -160,7 +161,11 @@ def load_student(folder: str | Path) -> LinearizedVisionTransformer:
 
 
 class TaskModel(nn.Module):
-    """A student and its head: images (B, 3, height, width) to the task's predictions."""
+    """A student and its head, from images (B, 3, height, width) to what the task says of them.
+
+    Called, it gives scores, (B, classes) for classification and (B, classes, height, width) for segmentation, say;
+    :meth:`predict` gives decisions.
+    """
 
     def __init__(self, student: LinearizedVisionTransformer, head: nn.Module, task: Task):
         super().__init__()
@@ -169,11 +174,19 @@ class TaskModel(nn.Module):
         self.task = task
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.student(images))
+        return self.task.scores(self._prediction(images), tuple(images.shape[-2:]))
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The task's decisions: classes (B, height, width) for segmentation, say."""
+        return self.task.decision(self._prediction(images), tuple(images.shape[-2:]))
+
+    def _prediction(self, images: Tensor) -> Prediction:
+        return self.head(self.student(images), self.student.token_layout(images))
 
 
-def load_classifier(folder: str | Path) -> TaskModel:
-    """The student in ``folder`` with its fine-tuned head, in eval mode on the CPU; gives logits (B, classes).
+def load_task_model(folder: str | Path) -> TaskModel:
+    """The student in ``folder`` with its fine-tuned head, in eval mode on the CPU.
 
     Raises:
         ValueError: See :func:`load_student`; also when the student has no head (only Stage 3 exports one).
@@ -189,6 +202,18 @@ def load_classifier(folder: str | Path) -> TaskModel:
     head = task.build_head(student)
     _load_tensors(head, Path(folder).expanduser() / HEAD_WEIGHTS)
     return TaskModel(student, head, task).eval()
+
+
+def load_classifier(folder: str | Path) -> TaskModel:
+    """:func:`load_task_model` of a student that was fine-tuned on labels; gives logits (B, classes).
+
+    Raises:
+        ValueError: See :func:`load_task_model`; also when its task is another one.
+    """
+    model = load_task_model(folder)
+    if model.task.name != "classification":
+        raise ValueError(f"the student in {folder} was fine-tuned for {model.task.name}: use load_task_model")
+    return model
 
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:

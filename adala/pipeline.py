@@ -30,10 +30,10 @@ from adala.data import StreamState, TrainLoader
 from adala.distributed import device, from_rank_0, gather_objects, raise_together, rank, say
 from adala.engine import Engine
 from adala.evaluation import Candidate, Evaluator
-from adala.export import WEIGHTS, load_classifier, load_student, read_description, save_student
+from adala.export import WEIGHTS, load_student, load_task_model, read_description, save_student
 from adala.files import file_digest, remove_tree, write_whole
 from adala.lineage import START, Decision, decide, refuse_changed
-from adala.plan import RunPlan, StagePlan, resolve_run
+from adala.plan import RunPlan, StagePlan, read_stage_task, resolve_run
 from adala.progress import MetricWriter
 from adala.report import Report, ReportRow, draw_report, print_report, read_report, write_report
 from adala.runs import OverwriteOrder, StageFolder, StageRecord
@@ -195,7 +195,7 @@ def export_stage(plan: StagePlan, engine: Engine, stage: Stage, folder: StageFol
         ValueError: It does not.
     """
     state = engine.full_state()
-    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, None, plan.task is not None)), None)
+    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, task=plan.task)), None)
     raise_together(
         None if batch else ValueError(f"rank {rank()} found no usable sample of data.val: name other shards")
     )
@@ -267,7 +267,7 @@ def _identify_students(plan: RunPlan) -> dict[str, Any] | None:
 def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     """Scores teacher, unaligned student, and each stage's student on the held-out data; every rank calls it.
 
-    The score is that of a linear probe on frozen features, and of a stage's own head after it; None without labels.
+    The score is that of a probe on frozen features, and of a stage's own head after it; None without targets.
     """
     teacher = build_teacher(plan.model.teacher)
     scorer = build_scorer(plan.data, plan.evaluation, teacher)
@@ -279,8 +279,8 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     }
     say(f"scoring {', '.join(candidates)}")
     scores = scorer.scores(candidates)
-    is_scored = scores["teacher"].value is not None
-    if not is_scored and scorer.probe_train is not None:
+    is_scored = scores["teacher"].value is not None or scorer.probe_train is None
+    if not is_scored:
         say("all labels are the same: models are compared by their features alone")
     rows = [
         ReportRow(name, score.value if is_scored else None, score.metrics["feature_cosine"])
@@ -289,12 +289,13 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     unusable = sum(gather_objects(sum(scorer.held_out.bad_samples.values())))
     if unusable:
         say(f"{unusable} held-out samples could not be used, and are left out of all rows alike")
-    return Report(rows, identity, unusable)
+    task = read_stage_task(plan.recipe)
+    return Report(rows, task.score, task.score_title, identity, unusable)
 
 
 def _candidate(plan: RunPlan, folder: StageFolder) -> Candidate:
-    """A stage's student with its head, where it has one and there are labels."""
-    if plan.evaluation.probe_train is None or read_description(folder.path).task is None:
+    """A stage's student with its head, where it has one and there are targets."""
+    if plan.evaluation.task is None or read_description(folder.path).task is None:
         return Candidate(load_student(folder.path).to(device()))
-    tuned = load_classifier(folder.path).to(device())
+    tuned = load_task_model(folder.path).to(device())
     return Candidate(tuned.student, tuned.head, tuned.task)

@@ -5,7 +5,7 @@ a digest of its own. Nothing of a run is touched before its plan stands.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 
 from adala.attention import resolve_mechanism
 from adala.backbones import NamedModel, build_backbone, load_teacher, read_checkpoint, resolve_name
-from adala.config import FinetuningConfig, Recipe, StageConfig
+from adala.config import Recipe, StageConfig
 from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
-from adala.data import ShardIndex
+from adala.data import ShardIndex, View
 from adala.data.embedded import TEACHER_PATH
 from adala.distributed import from_rank_0, world_size
 from adala.ds_config import DeepSpeedConfig, load_ds_config
@@ -25,7 +25,7 @@ from adala.files import file_digest, value_digest
 from adala.rules import EMBEDDED_FOLDER
 from adala.runs import RunFolder
 from adala.sources import EMBEDDED, Sources
-from adala.tasks import Classification, Task
+from adala.tasks import Task, describe_task, read_task
 
 RANDOM = "random"
 # Keys of a stage that may change while it is under way, and after it: they decide when something is said or saved, how
@@ -42,22 +42,18 @@ class StageKind:
     Attributes:
         name: As conversions name it.
         title: For people.
-        build_task: From the stage's configuration to what it is supervised by; None without supervision.
+        is_supervised: Whether it trains for the recipe's task.
     """
 
     name: StageName
     title: str
-    build_task: Callable[[StageConfig], Task] | None = None
-
-
-def _classification(config: FinetuningConfig) -> Task:
-    return Classification(config.num_classes, config.pooling, config.label_smoothing)
+    is_supervised: bool = False
 
 
 STAGES: dict[int, StageKind] = {
     1: StageKind("attention_alignment", "attention alignment"),
     2: StageKind("feature_alignment", "feature alignment"),
-    3: StageKind("finetuning", "fine-tuning", _classification),
+    3: StageKind("finetuning", "fine-tuning", is_supervised=True),
 }
 assert {number: kind.name for number, kind in STAGES.items()} == STAGE_NAMES
 
@@ -90,17 +86,13 @@ class DataPlan:
     """How samples become batches.
 
     Attributes:
-        image_size: Height and width in pixels.
-        mean: Per channel, in [0, 1].
-        std: Per channel, in [0, 1].
+        view: What the model sees of images.
         num_workers: Loader processes of a rank.
         shuffle_buffer: Samples in each worker's buffer.
         evaluation_batch_size: Samples of a forward pass without gradients.
     """
 
-    image_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    view: View
     num_workers: int
     shuffle_buffer: int
     evaluation_batch_size: int
@@ -170,14 +162,16 @@ class EvaluationPlan:
 
     Attributes:
         held_out: Samples that every model is scored on.
-        probe_train: Labelled samples that linear probes are fitted on, the first ``probe_samples`` of them; None
-            without labels.
+        task: What their targets are; None where they have none.
+        probe_train: Samples that probes are fitted on, the first ``probe_samples`` of them; None without targets, or
+            where the task knows no probe.
         probe_samples: See ``probe_train``.
         probe_l2: Penalty of the probes.
         conditions: What decides the scores of a given model.
     """
 
     held_out: ShardIndex
+    task: Task | None
     probe_train: ShardIndex | None
     probe_samples: int
     probe_l2: float
@@ -306,9 +300,7 @@ def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
         digest=_teacher_digest(recipe, named),
     )
     data = DataPlan(
-        tuple(size),
-        tuple(mean),
-        tuple(std),
+        View(tuple(size), tuple(mean), tuple(std), tuple(outline.patch_embed.patch_size)),
         recipe.data.num_workers,
         recipe.data.shuffle_buffer,
         recipe.evaluation.batch_size,
@@ -364,7 +356,7 @@ def _resolve_stage(
     kind, config = STAGES[number], recipe.stage(number)
     sources = recipe.data.train if config.train_data is None else config.train_data
     sources_key = "data.train" if config.train_data is None else f"stage{number}.train_data"
-    task = kind.build_task(config) if kind.build_task else None
+    task = read_stage_task(recipe) if kind.is_supervised else None
     training, held_out = read.index(sources), read.index(recipe.data.val)
     if training.num_samples < config.global_batch_size:
         raise ValueError(
@@ -376,10 +368,11 @@ def _resolve_stage(
     if task is not None:
         read.check_targets(task, sources, sources_key)
         read.check_targets(task, recipe.data.val, "data.val")
-        if (different := read.missing_labels(sources, recipe.data.val)) is not None:
+        if (different := read.missing_targets(task, sources, recipe.data.val)) is not None:
             raise ValueError(f"{sources_key} and data.val do not have the same labels: {different}")
     micro, accumulation = _divide_batch(number, config)
-    own_data = data if config.image_size is None else dataclasses.replace(data, image_size=tuple(config.image_size))
+    size = data.view.image_size if config.image_size is None else tuple(config.image_size)
+    own_data = dataclasses.replace(data, view=dataclasses.replace(data.view, image_size=size))
     trainable = QKV_PATTERNS if getattr(config, "trainable", "all") == "qkv" else step.trainable
     return StagePlan(
         number=number,
@@ -399,6 +392,18 @@ def _resolve_stage(
         probe_l2=recipe.evaluation.probe_l2,
         conditions=_stage_conditions(recipe, number, step, model, data, training),
     )
+
+
+def read_stage_task(recipe: Recipe) -> Task:
+    """What Stage 3 trains for, and what models are scored by.
+
+    Raises:
+        ValueError: An unknown task, or options that it cannot have.
+    """
+    try:
+        return read_task(recipe.stage3.task)
+    except ValueError as error:
+        raise ValueError(f"stage3.task: {error}") from error
 
 
 def _divide_batch(number: int, config: StageConfig) -> tuple[int, int]:
@@ -423,8 +428,11 @@ def _stage_conditions(
     training: ShardIndex,
 ) -> dict[str, Any]:
     """Everything that decides the stage's result but where it starts from, as JSON gives it back."""
-    config, labelled = dataclasses.asdict(recipe.stage(number)), STAGES[number].build_task is not None
+    config, labelled = dataclasses.asdict(recipe.stage(number)), STAGES[number].is_supervised
     own = {f"stage{number}.{key}": value for key, value in config.items() if key not in MAY_CHANGE + BY_DIGEST}
+    if labelled:
+        # With every option written out: what a recipe leaves to its default decides the result, too.
+        own[f"stage{number}.task"] = describe_task(read_stage_task(recipe))
     if config.get("head_init") == "probe":
         own["evaluation.probe_l2"] = recipe.evaluation.probe_l2
     return {
@@ -437,9 +445,9 @@ def _stage_conditions(
         "teacher.name": model.teacher.name,
         "teacher.model_args": model.teacher.model_args,
         "teacher.checkpoint (its weights)": model.teacher.digest,
-        "data.image_size": list(data.image_size),
-        "data.mean": list(data.mean),
-        "data.std": list(data.std),
+        "data.image_size": list(data.view.image_size),
+        "data.mean": list(data.view.mean),
+        "data.std": list(data.view.std),
         "data.shuffle_buffer": data.shuffle_buffer,
         f"stage{number}.train_data or data.train (its shards)": _index_digest(training, labelled),
         "ds_config (its precision)": model.precision.precision,
@@ -455,14 +463,22 @@ def _index_digest(index: ShardIndex, labelled: bool) -> str:
 
 def _resolve_evaluation(recipe: Recipe, read: Sources) -> tuple[EvaluationPlan, str | None]:
     """How the run's models are scored, and why they have no scores, if they have none."""
-    config = recipe.evaluation
+    config, task = recipe.evaluation, read_stage_task(recipe)
     probe_sources = config.probe_train or recipe.data.train
-    missing = read.missing_labels(recipe.data.val, probe_sources)
-    held_out, probe_train = read.index(recipe.data.val), None if missing else read.index(probe_sources)
+    try:
+        missing = read.missing_targets(task, recipe.data.val, *([probe_sources] if task.probe else []))
+    except ValueError as error:
+        # Stage 3 would not start; Stages 1 and 2 have no use for targets.
+        missing = str(error)
+    held_out = read.index(recipe.data.val)
+    probe_train = read.index(probe_sources) if task.probe and missing is None else None
     conditions = {
-        "data.val": _index_digest(held_out, probe_train is not None),
+        "data.val": _index_digest(held_out, missing is None),
+        "stage3.task": describe_task(task) if missing is None else None,
         "evaluation.probe_train": _index_digest(probe_train, True) if probe_train else None,
         "evaluation.probe_samples": config.probe_samples,
         "evaluation.probe_l2": config.probe_l2,
     }
-    return EvaluationPlan(held_out, probe_train, config.probe_samples, config.probe_l2, conditions), missing
+    return EvaluationPlan(
+        held_out, task if missing is None else None, probe_train, config.probe_samples, config.probe_l2, conditions
+    ), missing

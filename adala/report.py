@@ -20,13 +20,13 @@ class ReportRow:
 
     Attributes:
         model: Which one.
-        top1: In percent; by a linear probe on frozen features, after Stage 3 by the fine-tuned head. None without
-            labels.
+        score: By the task's metric; of a probe on frozen features, after Stage 3 of the fine-tuned head. None without
+            targets, or where the task knows no probe.
         feature_cosine: Mean cosine of its final features to the teacher's, over all tokens.
     """
 
     model: str
-    top1: float | None
+    score: float | None
     feature_cosine: float
 
 
@@ -36,19 +36,24 @@ class Report:
 
     Attributes:
         rows: One a model.
+        score: Name of the task's metric.
+        score_title: The same for people, with its unit.
         identity: Digests and conditions of what was scored: a report of other students than those there is stale.
         unusable_samples: Held-out samples that could not be decoded, and are left out of all rows alike.
     """
 
     rows: list[ReportRow]
+    score: str
+    score_title: str
     identity: dict[str, Any]
     unusable_samples: int = 0
 
 
 def write_report(run: RunFolder, report: Report) -> None:
-    """Writes ``report.json``: ``{"rows": [{"model", "top1", "feature_cosine"}, ...], "identity", ...}``."""
+    """Writes ``report.json``: ``{"rows": [{"model", "top1", "feature_cosine"}, ...], "score": "top1", ...}``, where the
+    score goes by the name of the task's metric."""
     rows = [
-        {"model": row.model, "top1": _rounded(row.top1, 2), "feature_cosine": _rounded(row.feature_cosine, 5)}
+        {"model": row.model, report.score: _rounded(row.score, 2), "feature_cosine": _rounded(row.feature_cosine, 5)}
         for row in report.rows
     ]
     write_json(run.report, {**asdict(report), "rows": rows})
@@ -64,7 +69,8 @@ def read_report(run: RunFolder) -> Report | None:
         stored = read_json(run.report)
         if stored is None:
             return None
-        return Report([ReportRow(**row) for row in stored.pop("rows")], **stored)
+        rows, score = stored.pop("rows"), stored["score"]
+        return Report([ReportRow(row["model"], row[score], row["feature_cosine"]) for row in rows], **stored)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -73,10 +79,10 @@ def print_report(report: Report, title: str) -> None:
     """Prints the rows as one table."""
     table = Table(title=title)
     table.add_column("model")
-    table.add_column("top-1 (%)", justify="right")
+    table.add_column(report.score_title, justify="right")
     table.add_column("feature cosine", justify="right")
     for row in report.rows:
-        table.add_row(row.model, "-" if row.top1 is None else f"{row.top1:.2f}", f"{row.feature_cosine:.4f}")
+        table.add_row(row.model, "-" if row.score is None else f"{row.score:.2f}", f"{row.feature_cosine:.4f}")
     Console(width=72).print(table)
 
 
@@ -98,7 +104,7 @@ def draw_report(run: RunFolder, report: Report | None) -> None:
         axis.legend()
     if rows:
         names = [row.model for row in rows]
-        _draw_bars(axes[-2], names, [row.top1 or 0.0 for row in rows], "top-1 (%)", "{:.1f}")
+        _draw_bars(axes[-2], names, [row.score or 0.0 for row in rows], report.score_title, "{:.1f}")
         _draw_bars(axes[-1], names, [row.feature_cosine for row in rows], "feature cosine to the teacher", "{:.3f}")
     run.path.mkdir(parents=True, exist_ok=True)
     partial = run.picture.with_suffix(".partial.png")

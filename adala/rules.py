@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import types
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
@@ -136,6 +137,7 @@ RULES: dict[str, Rule] = {
     "freeze": Rule("a list of patterns of parameter names", _are_texts),
     # With a single class the loss is 0 whatever the model says: nothing would train.
     "num_classes": _whole(2),
+    "window_overlap": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
     "label_smoothing": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
     "head_init_samples": _whole(1),
     "batch_size": _whole(1),
@@ -145,20 +147,36 @@ RULES: dict[str, Rule] = {
 }
 
 
+RULES_OF_TYPES: dict[type, Rule] = {
+    bool: Rule("true or false", lambda value: isinstance(value, bool)),
+    int: Rule("a whole number", lambda value: type(value) is int),
+    float: _number("a finite number", lambda value: True),
+    str: Rule("a text that is not empty", _is_text),
+}
+
+
 def rule_of(field: dataclasses.Field) -> Rule:
     """What a field must be: by its name, else by its type."""
-    if field.name in RULES:
-        return RULES[field.name]
-    if typing.get_origin(field.type) is Literal:
-        choices = typing.get_args(field.type)
-        return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
-    if field.type is bool:
-        return Rule("true or false", lambda value: isinstance(value, bool))
-    if field.type is str:
-        return Rule("a text that is not empty", _is_text)
-    if typing.get_origin(field.type) is dict:
+    return RULES[field.name] if field.name in RULES else _rule_of_type(field.type)
+
+
+def _rule_of_type(kind: Any) -> Rule:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, str):  # as it stands in a module with `from __future__ import annotations`
+        return Rule("a value", lambda value: True)
+    if origin in (types.UnionType, typing.Union):
+        # None itself is never asked about.
+        rules = [_rule_of_type(one) for one in arguments if one is not type(None)]
+        return Rule(" or ".join(rule.words for rule in rules), lambda value: any(rule.holds(value) for rule in rules))
+    if origin is Literal:
+        return Rule(f"one of {', '.join(map(str, arguments))}", lambda value: value in arguments)
+    if origin in (list, tuple):
+        return Rule("a list", _is_list)
+    if origin is dict:
         return Rule("a mapping of finite numbers, texts, true, false, null, and lists and mappings of them", _is_json)
-    return Rule(f"a section with keys of its own ({field.type.__name__})", lambda value: isinstance(value, field.type))
+    if kind in RULES_OF_TYPES:
+        return RULES_OF_TYPES[kind]
+    return Rule(f"a section with keys of its own ({kind.__name__})", lambda value: isinstance(value, kind))
 
 
 def shown(value: Any) -> str:

@@ -1,15 +1,15 @@
-"""The data sets that a recipe names: their shards, and what their first samples say of images and labels."""
+"""The data sets that a recipe names: their shards, and what their first samples say of images and targets."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from adala.data import ShardIndex, load_index, write_embedded
+from adala.data.images import DecodeError
 from adala.data.index import Census, refuse_unusable, take_census
-from adala.data.labels import MissingLabelError, read_label
-from adala.data.samples import DecodeError, RawSample, read_shard
+from adala.data.labels import Classes
+from adala.data.samples import RawSample, decode, read_shard
 from adala.tasks import Task
 
 EMBEDDED = "embedded"
@@ -32,6 +32,7 @@ class Sources:
         self._classes = classes
         self._read: dict[tuple[str, ...], ShardIndex] = {}
         self._peeked: dict[tuple[str, ...], list[RawSample]] = {}
+        self._seen: dict[tuple[str, tuple[str, ...]], list[_Seen]] = {}
 
     def index(self, sources: Sequence[str]) -> ShardIndex:
         """The shards behind ``sources``; those of the embedded data set are written when first asked for.
@@ -72,50 +73,64 @@ class Sources:
             self._peeked[key] = [raw for samples in peeked for raw in samples]
         return self._peeked[key]
 
-    def missing_labels(self, *data_sets: Sequence[str]) -> str | None:
-        """Why these data sets have no labels to train or score by, in words; None where all have.
+    def missing_targets(self, task: Task, *data_sets: Sequence[str]) -> str | None:
+        """Why these data sets have no targets to train or score by, in words; None where all have.
 
-        A shard has labels where more than half of its samples have. All must have them: whoever mixes shards with and
+        A shard has targets where more than half of its samples have. All must have them: whoever mixes shards with and
         without means something else than that the ones without are all bad samples.
+
+        Raises:
+            ValueError: A target that the task cannot have; the message names the sample.
         """
         by_shard: dict[str, list[str | None]] = {}
-        samples = [raw for sources in data_sets for raw in self.first_samples(sources)]
-        for raw in samples:
-            by_shard.setdefault(raw.shard.url, []).append(_label_fault(raw))
+        classes: dict[Classes, str] = {}
+        for seen in (seen for sources in data_sets for seen in self._first_targets(task, sources)):
+            by_shard.setdefault(seen.raw.shard.url, []).append(seen.fault)
+            if seen.raw.shard.classes is not None:
+                classes[seen.raw.shard.classes] = seen.raw.shard.url
         for url, faults in by_shard.items():
             found = [fault for fault in faults if fault is not None]
             if 2 * len(found) >= len(faults):
-                return f"most samples of {url} have no label that can be used ({found[0]})"
-        lists = {raw.shard.classes: raw.shard.url for raw in samples if raw.shard.classes is not None}
-        if len(lists) > 1:
-            return f"{' and '.join(list(lists.values())[:2])} lie beside different lists of classes"
+                return f"most samples of {url} are of no use for {task.name}: {found[0]}"
+        if len(classes) > 1:
+            return f"{' and '.join(list(classes.values())[:2])} lie beside different lists of classes"
         return None
 
     def check_targets(self, task: Task, sources: Sequence[str], key: str) -> None:
         """Refuses a data set whose first samples the task cannot be trained or scored on.
 
         Raises:
-            ValueError: No labels, or one that the task cannot have; the message names ``key``.
+            ValueError: No targets, none that says anything, or one that the task cannot have; the message names ``key``.
         """
-        missing = self.missing_labels(sources)
+        try:
+            missing = self.missing_targets(task, sources)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
         if missing is not None:
-            raise ValueError(f"Stage 3 needs labels, and {key} has none: {missing}; name labelled shards")
-        for raw in self.first_samples(sources):
-            if _label_fault(raw) is not None:
-                continue
-            label = read_label(raw.fields, raw.shard.classes)
-            try:
-                task.target({"label": torch.tensor([label])}, torch.device("cpu"))
-            except ValueError as error:
-                raise ValueError(f"{key}, sample {raw.id}: {error}") from error
+            raise ValueError(f"Stage 3 needs targets for {task.name}, and {key} has none: {missing}")
+        if not any(seen.is_labelled for seen in self._first_targets(task, sources)):
+            raise ValueError(f"{key}: of the first samples' targets for {task.name} nothing is known, all is ignored")
+
+    def _first_targets(self, task: Task, sources: Sequence[str]) -> list["_Seen"]:
+        """What the task reads of the first samples; each is decoded once."""
+        key = (repr(task), tuple(sources))
+        if key not in self._seen:
+            self._seen[key] = [_look_at(task, raw) for raw in self.first_samples(sources)]
+        return self._seen[key]
 
 
-def _label_fault(raw: RawSample) -> str | None:
-    """What is wrong with a sample's label, in words; None where nothing is."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a task reads of a sample: what is wrong with its target, in words, and whether it says anything."""
+
+    raw: RawSample
+    fault: str | None
+    is_labelled: bool
+
+
+def _look_at(task: Task, raw: RawSample) -> _Seen:
     try:
-        read_label(raw.fields, raw.shard.classes)
-    except MissingLabelError:
-        return "no file .cls, .label, .json or .txt holds one"
+        target = decode(raw, task.read_target).target
     except DecodeError as error:
-        return str(error)
-    return None
+        return _Seen(raw, str(error), False)
+    return _Seen(raw, None, task.is_labelled(target))

@@ -43,8 +43,7 @@ class LinearizedVisionTransformer(VisionTransformer):
 
     def token_layout(self, images: Tensor) -> TokenLayout:
         """The layout of the tokens of ``images`` (B, 3, height, width)."""
-        height, width = images.shape[-2:]
-        return layout_of_image(height, width, tuple(self.patch_embed.patch_size), self.num_prefix_tokens)
+        return token_layout(self, images)
 
     def forward_features(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         """The final norm's output for all tokens, (B, N, D), of images (B, 3, height, width).
@@ -86,6 +85,12 @@ class LinearizedVisionTransformer(VisionTransformer):
         super().set_grad_checkpointing(enable)
         for block in self.blocks:
             block.grad_checkpointing = enable
+
+
+def token_layout(model: VisionTransformer, images: Tensor) -> TokenLayout:
+    """The layout of the tokens that ``model`` makes of ``images`` (B, 3, height, width)."""
+    height, width = images.shape[-2:]
+    return layout_of_image(height, width, tuple(model.patch_embed.patch_size), model.num_prefix_tokens)
 
 
 def _refuse_mask(attn_mask: Any, is_causal: bool) -> None:

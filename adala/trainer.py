@@ -54,6 +54,7 @@ class Trainer:
     seed: int = 0
     step: int = 0
     skipped_in_a_row: int = 0
+    unlabelled_in_a_row: int = 0
     reported_bad_samples: dict[str, int] = field(default_factory=dict)
 
     def fit(self) -> dict[str, float]:
@@ -74,6 +75,7 @@ class Trainer:
             metrics = self.train_step(batches)
             self.step += 1
             last = self.step == self.config.steps
+            self._watch_labels(metrics, loader)
             if self.step % self.config.log_every == 0 or last:
                 self.writer.write("train", self.step, {**metrics, "peak_memory_mib": peak_memory_mib()})
                 self._report_bad_samples(loader)
@@ -132,8 +134,7 @@ class Trainer:
             outputs = self.engine(batch)
             if is_new:
                 evaluator.update(outputs, batch)
-        evaluator.reduce()
-        metrics = evaluator.compute()
+        metrics = evaluator.total()
         self._refuse_non_finite(metrics, self.step)
         self.writer.write("val", self.step, metrics)
         return metrics
@@ -146,11 +147,13 @@ class Trainer:
         state = load_checkpoint(path, self.engine)
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.unlabelled_in_a_row = state["unlabelled_in_a_row"]
         say(f"resuming from {path} at step {self.step} of {self.config.steps}")
         return StreamState.from_dict(state["stream"])
 
     def _save(self, loader: TrainLoader) -> None:
-        state = {"stream": loader.state.to_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+        in_a_row = {"skipped_in_a_row": self.skipped_in_a_row, "unlabelled_in_a_row": self.unlabelled_in_a_row}
+        state = {"stream": loader.state.to_dict(), **in_a_row}
         save_checkpoint(self.checkpoint_folder, self.engine, self.step, state)
 
     def _report_bad_samples(self, loader: TrainLoader) -> None:
@@ -169,6 +172,19 @@ class Trainer:
             raise SharedError(
                 f"step {step}: {', '.join(bad)} not finite; the last checkpoint is intact: "
                 "lower the learning rate, lengthen the warm-up, or look at the data"
+            )
+
+    def _watch_labels(self, metrics: Mapping[str, float], loader: TrainLoader) -> None:
+        """Stops a run that has learnt from nothing for an epoch, or for all of its steps where these are fewer."""
+        if metrics.get("labelled", 1.0) > 0:
+            self.unlabelled_in_a_row = 0
+            return
+        self.unlabelled_in_a_row += 1
+        say(f"step {self.step}: nothing of its targets is known, all is ignored")
+        if self.unlabelled_in_a_row >= min(loader.steps_per_epoch, self.config.steps):
+            raise SharedError(
+                f"step {self.step}: of the targets of {self.unlabelled_in_a_row} steps, an epoch, nothing was known, all "
+                "was ignored: look at how the targets are read (stage3.task), and at the data"
             )
 
     def _was_skipped(self) -> bool:

@@ -13,7 +13,7 @@ from adala.config import Recipe, load_recipe
 from adala.conversion import STAGE_NAMES
 from adala.distributed import device, say
 from adala.evaluation import Candidate, Scorer
-from adala.export import load_classifier, load_student
+from adala.export import load_task_model, load_student
 from adala.files import remove_tree
 from adala.plan import conversion_of, resolve_run, run_folder
 
@@ -79,7 +79,7 @@ def adapt(row: AccuracyRow, arguments: Sequence[str], total_images: int, scorer:
     if 2 in steps:
         aligned = scorer.score(Candidate(load_student(run.stage(2).path).to(device())))
         row.aligned_top1, row.aligned_cosine = aligned.value, aligned.metrics["feature_cosine"]
-    tuned = load_classifier(run.stage(3).path).to(device())
+    tuned = load_task_model(run.stage(3).path).to(device())
     score = scorer.score(Candidate(tuned.student, tuned.head, tuned.task))
     row.top1, row.feature_cosine = score.value, score.metrics["feature_cosine"]
     if row.teacher_top1:

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"adala.losses", "adala.conversion"},
     {"adala.attention"},
     {"adala.config", "adala.failures", "adala.weights"},
-    {"adala.rules", "adala.distributed", "adala.files"},
+    {"adala.rules", "adala.distributed", "adala.files", "adala.plugins"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
 

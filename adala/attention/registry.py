@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
 from adala.attention.base import AttentionShape, TokenMixer
+from adala.plugins import find_plugins, load_plugin
 
 ENTRY_POINT_GROUP = "adala.mechanisms"
 BUILT_IN = {"softmax": "adala.attention.softmax:SoftmaxMixer", "linear": "adala.attention.linear:LinearMixer"}
@@ -15,15 +14,7 @@ BUILT_IN = {"softmax": "adala.attention.softmax:SoftmaxMixer", "linear": "adala.
 
 @functools.cache
 def _targets() -> dict[str, str]:
-    """Import path (``module:class``) of every known mechanism."""
-    targets = dict(BUILT_IN)
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if targets.setdefault(point.name, point.value) != point.value:
-            raise ValueError(
-                f"two installed packages offer the mechanism {point.name!r} ({targets[point.name]} and {point.value}): "
-                "uninstall one of them"
-            )
-    return targets
+    return find_plugins("mechanism", ENTRY_POINT_GROUP, BUILT_IN)
 
 
 def mechanism_names() -> list[str]:
@@ -37,17 +28,7 @@ def resolve_mechanism(name: str) -> type[TokenMixer]:
     Raises:
         ValueError: No mechanism has this name (the message lists those there are), or its package cannot be imported.
     """
-    if name not in _targets():
-        raise ValueError(f"unknown mechanism {name!r}: known are {', '.join(mechanism_names())}")
-    module, _, attribute = _targets()[name].partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        # Anybody's code runs here, which may fail at anything.
-        raise ValueError(
-            f"mechanism {name!r} cannot be imported from {_targets()[name]} ({type(error).__name__}: {error}): mend or "
-            "uninstall the package that offers it"
-        ) from error
+    return load_plugin("mechanism", name, _targets())
 
 
 def build_mixer(name: str, shape: AttentionShape, options: Mapping[str, Any] | None = None) -> TokenMixer:

@@ -8,15 +8,18 @@ from typing import Any
 
 _HOMES = {
     "EvaluationLoader": "loader",
+    "Preparation": "preparation",
     "Shard": "index",
     "ShardIndex": "index",
     "StreamPhase": "order",
     "StreamState": "order",
     "TrainLoader": "loader",
+    "View": "preparation",
     "build_eval_transform": "transforms",
     "build_index": "index",
     "build_train_transform": "transforms",
     "load_index": "index",
+    "prepare_images": "preparation",
     "write_embedded": "pack",
     "write_shards": "pack",
 }

@@ -1,7 +1,8 @@
-"""From the files of a sample to its class: a number, or a name that a list of classes gives a number."""
+"""From the files of a sample to its class, or classes: numbers, or names that a list of classes gives numbers."""
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from adala.data.images import DecodeError
 LABEL_FIELDS = ("cls", "label", "json", "txt")
 # Under which names a JSON object may hold it.
 JSON_KEYS = ("cls", "label", "class", "class_id", "class_name")
+# Files that may hold several, and under which names a JSON object may.
+LABELS_FIELDS = ("labels", "cls", "label", "json", "txt")
+LABELS_JSON_KEYS = ("labels", "classes", *JSON_KEYS)
 # Above any number of classes; what is larger is no label.
 LARGEST_LABEL = 2**31 - 1
 
@@ -36,7 +40,7 @@ def read_label(fields: Mapping[str, bytes], classes: Classes | None = None) -> i
         DecodeError: It has one that is no class.
     """
     for field in LABEL_FIELDS:
-        value = _value(field, fields[field]) if field in fields else None
+        value = _value(field, fields[field], JSON_KEYS) if field in fields else None
         if value is None or (field == "txt" and not _is_class(value, classes)):
             continue
         try:
@@ -46,7 +50,45 @@ def read_label(fields: Mapping[str, bytes], classes: Classes | None = None) -> i
     raise MissingLabelError(f"it has no label: none of its files {', '.join(sorted(fields))} holds one")
 
 
-def _value(field: str, content: bytes) -> Any:
+def read_labels(fields: Mapping[str, bytes], classes: Classes | None = None) -> tuple[int, ...]:
+    """The classes of a sample that may have any number of them, ascending, each once.
+
+    A ``.json`` holds a list of numbers or names, or an object with one under ``labels``, say; the other files hold them
+    separated by commas, lines or, where all are numbers, spaces. An empty file or list says that the sample has none.
+
+    Args:
+        fields: Contents of the sample's files by extension.
+        classes: Names of the classes.
+
+    Raises:
+        MissingLabelError: The sample has no file that holds labels.
+        DecodeError: It has one with something that is no class.
+    """
+    for field in LABELS_FIELDS:
+        value = _value(field, fields[field], LABELS_JSON_KEYS) if field in fields else None
+        if value is None:
+            continue
+        try:
+            return tuple(sorted({_class_of(each, classes) for each in _separated(value)}))
+        except ValueError as error:
+            if field == "txt":  # a caption
+                continue
+            raise DecodeError(f"its .{field} holds no labels: {error}") from error
+    raise MissingLabelError(f"it has no labels: none of its files {', '.join(sorted(fields))} holds any")
+
+
+def _separated(value: Any) -> list[Any]:
+    """The entries of a list, or of a text; a single one else."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str):
+        return [value]
+    entries = [entry.strip() for entry in re.split(r"[,\n]", value)]
+    numbers = value.replace(",", " ").split()
+    return numbers if all(_number(each) is not None for each in numbers) else [entry for entry in entries if entry]
+
+
+def _value(field: str, content: bytes, json_keys: tuple[str, ...]) -> Any:
     """What a file says of the label; None where it says nothing of it."""
     try:
         text = content.decode("utf-8-sig").strip()
@@ -56,7 +98,7 @@ def _value(field: str, content: bytes) -> Any:
     except ValueError as error:
         raise DecodeError(f"its .{field} cannot be read: {error}") from error
     if isinstance(value, dict):
-        return next((value[key] for key in JSON_KEYS if value.get(key) is not None), None)
+        return next((value[key] for key in json_keys if value.get(key) is not None), None)
     return value
 
 

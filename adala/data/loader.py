@@ -1,12 +1,12 @@
 """Batches for training and evaluation, read by worker processes in an order that is ours (see ``order``)."""
 
 import atexit
-import functools
 import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,7 @@ from adala.data.order import (
     shards_in_order,
     usable_samples,
 )
+from adala.data.preparation import Preparation
 from adala.data.samples import (
     MIN_BAD_SAMPLES,
     BadSamples,
@@ -40,7 +41,7 @@ from adala.data.samples import (
     read_positions,
     reorder,
 )
-from adala.data.transforms import ImageTransform, seeded
+from adala.data.transforms import seeded
 
 Batch = dict[str, Any]
 # Travels from a worker to the loader with a batch, and is taken out there.
@@ -49,12 +50,20 @@ BAD_FIELD = "bad_samples"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def collate(samples: list[Sample], images: list[torch.Tensor], epoch: int) -> Batch:
-    """``image`` (B, 3, H, W), ``label`` (B,) int64 where labels are asked for, ``id`` and ``epoch``."""
-    batch: Batch = {"image": torch.stack(images), "id": [sample.id for sample in samples], "epoch": epoch}
-    if samples[0].label is not None:
-        batch["label"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
-    return batch
+def collate(ids: list[str], tensors: list[dict[str, torch.Tensor]], epoch: int) -> Batch:
+    """The tensors of samples, stacked by name, with ``id`` and ``epoch``.
+
+    Raises:
+        ValueError: They do not have the same shapes.
+    """
+    for sample_id, of_sample in zip(ids, tensors, strict=True):
+        for name, tensor in of_sample.items():
+            if tensor.shape != tensors[0][name].shape:
+                raise ValueError(
+                    f"the samples {ids[0]} and {sample_id} cannot be one batch: their {name} have the shapes "
+                    f"{tuple(tensors[0][name].shape)} and {tuple(tensor.shape)}; use a batch size of 1"
+                )
+    return {**{name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}, "id": ids, "epoch": epoch}
 
 
 def start_worker(worker: int) -> None:
@@ -82,12 +91,11 @@ class TrainStream(IterableDataset):
     """
 
     index: ShardIndex
-    transform: ImageTransform
+    preparation: Preparation
     state: StreamState
     rank: int
     usable: int
     seed: int
-    labelled: bool
     max_bad_fraction: float
 
     def __iter__(self) -> Iterator[Batch]:
@@ -113,14 +121,17 @@ class TrainStream(IterableDataset):
             self._raw_samples(part, part.consumed, epoch),
             lambda: self._raw_samples(part, 0, epoch),
             bad,
-            self.labelled,
+            self.preparation.read_target,
         )
         batch: list[Sample] = []
         for sample in samples:
             batch.append(sample)
             if len(batch) == micro_batch_size:
-                images = [seeded(self.transform, each.image, self.seed, epoch, each.id) for each in batch]
-                yield {**collate(batch, images, epoch), BAD_FIELD: bad.take()}
+                tensors = [
+                    seeded(partial(self.preparation.transform, each.image, each.target), self.seed, epoch, each.id)
+                    for each in batch
+                ]
+                yield {**collate([each.id for each in batch], tensors, epoch), BAD_FIELD: bad.take()}
                 batch = []
         assert not batch, "a worker's range holds whole micro-batches"
 
@@ -142,7 +153,7 @@ class TrainLoader:
     def __init__(
         self,
         index: ShardIndex,
-        transform: ImageTransform,
+        preparation: Preparation,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -151,7 +162,6 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int = 0,
         shuffle_buffer: int = 1000,
-        labelled: bool = False,
         pin_memory: bool = False,
         state: StreamState = StreamState(),  # noqa: B008 (immutable)
         max_bad_fraction: float = 0.01,
@@ -160,7 +170,7 @@ class TrainLoader:
 
         Args:
             index: The shards.
-            transform: From a PIL RGB image to a tensor (3, H, W); its random numbers are seeded for each sample.
+            preparation: From a sample's files to the tensors of a batch.
             global_batch_size: Samples of one optimizer step, on all ranks together.
             micro_batch_size: Samples of one forward pass on one rank.
             seed: Of the order and the augmentation.
@@ -168,7 +178,6 @@ class TrainLoader:
             world_size: Number of ranks.
             num_workers: Data workers of this rank; 0 reads in this process.
             shuffle_buffer: Samples among which each worker shuffles, undecoded; 0 and 1 do not shuffle.
-            labelled: Whether batches have labels; a sample without one is then a bad one.
             pin_memory: Whether batches lie in pinned memory.
             state: Where to begin, from another loader's :attr:`state` over the same index, seed and global batch.
             max_bad_fraction: Part of a worker's range that may be undecodable, but at least 10 samples may.
@@ -191,11 +200,10 @@ class TrainLoader:
         self.global_batch_size = global_batch_size
         self.gradient_accumulation_steps = global_batch_size // (micro_batch_size * world_size)
         self.bad_samples: dict[str, int] = {}
-        self._transform = transform
+        self._preparation = preparation
         self._seed = seed
         self._rank = rank
         self._num_workers = num_workers
-        self._labelled = labelled
         self._pin_memory = pin_memory
         self._max_bad_fraction = max_bad_fraction
         self._usable = usable_samples(index.num_samples, global_batch_size)
@@ -223,7 +231,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yields micro-batches without end, from where :attr:`state` stands.
 
-        Each is a dict: ``image`` (B, 3, H, W) float32, ``label`` (B,) int64 where ``labelled``, ``id`` a list of
+        Each is a dict: ``image`` (B, 3, H, W) float32, what else the preparation makes of a sample, ``id`` a list of
         ``<shard file name>/<key>``, ``epoch`` an int.
 
         Raises:
@@ -231,12 +239,11 @@ class TrainLoader:
         """
         stream = TrainStream(
             index=self.index,
-            transform=self._transform,
+            preparation=self._preparation,
             state=self._state,
             rank=self._rank,
             usable=self._usable,
             seed=self._seed,
-            labelled=self._labelled,
             max_bad_fraction=self._max_bad_fraction,
         )
         for batch in iterate(stream, self._num_workers, self._pin_memory):
@@ -266,7 +273,7 @@ def iterate(stream: IterableDataset, num_workers: int, pin_memory: bool = False)
     # Workers ignore SIGTERM, by which multiprocessing ends those that are left when the interpreter exits before it
     # waits for them: a trainer that failed would wait for ever. Handlers registered last run first. The reference also
     # keeps the garbage collector from closing the workers' queues before they were told to stop.
-    stop = functools.partial(stop_workers, batches)
+    stop = partial(stop_workers, batches)
     atexit.register(stop)
     try:
         yield from batches
@@ -301,10 +308,9 @@ class EvaluationStream(IterableDataset):
     """What one data worker reads of a rank's evaluation samples."""
 
     index: ShardIndex
-    transform: ImageTransform
+    preparation: Preparation
     positions: range
     batch_size: int
-    labelled: bool
     max_bad_fraction: float
 
     def __iter__(self) -> Iterator[Batch]:
@@ -321,12 +327,12 @@ class EvaluationStream(IterableDataset):
         for batch in batches:
             decoded = [sample for raw in islice(samples, len(batch)) if (sample := self._decode(raw, bad)) is not None]
             if decoded:
-                images = [self.transform(sample.image) for sample in decoded]
-                yield {**collate(decoded, images, epoch=0), BAD_FIELD: bad.take()}
+                tensors = [self.preparation.transform(sample.image, sample.target) for sample in decoded]
+                yield {**collate([sample.id for sample in decoded], tensors, epoch=0), BAD_FIELD: bad.take()}
 
     def _decode(self, raw: RawSample, bad: BadSamples) -> Sample | None:
         try:
-            return decode(raw, self.labelled)
+            return decode(raw, self.preparation.read_target)
         except DecodeError as error:
             bad.add(raw, error)
             return None
@@ -341,13 +347,12 @@ class EvaluationLoader:
     def __init__(
         self,
         index: ShardIndex,
-        transform: ImageTransform,
+        preparation: Preparation,
         *,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        labelled: bool = False,
         limit: int | None = None,
         max_bad_fraction: float = 0.01,
     ):
@@ -355,12 +360,11 @@ class EvaluationLoader:
 
         Args:
             index: The shards, read in this order.
-            transform: From a PIL RGB image to a tensor (3, H, W).
+            preparation: From a sample's files to the tensors of a batch.
             batch_size: Samples of a batch; a rank's last one in reading order may be smaller.
             rank: Of this process.
             world_size: Number of ranks, whose parts differ by at most one sample.
             num_workers: Data workers of this rank; 0 reads in this process.
-            labelled: Whether batches have labels; a sample without one is then a bad one.
             limit: Only the first so many samples of the set, over all ranks together; None is all.
             max_bad_fraction: See :class:`TrainLoader`.
         """
@@ -368,7 +372,7 @@ class EvaluationLoader:
         positions = evaluation_range(num_samples, rank, world_size)
         self._num_batches = -(-len(positions) // batch_size)
         self._num_workers = min(num_workers, self._num_batches)
-        self._stream = EvaluationStream(index, transform, positions, batch_size, labelled, max_bad_fraction)
+        self._stream = EvaluationStream(index, preparation, positions, batch_size, max_bad_fraction)
         self.bad_samples: dict[str, int] = {}
 
     def __len__(self) -> int:

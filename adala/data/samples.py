@@ -6,14 +6,15 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
 from adala.data.addresses import is_remote, open_stream
 from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
 from adala.data.index import Shard, ShardIndex, image_field, index_command
-from adala.data.labels import read_label
 from adala.data.order import ShardSequence
+from adala.data.preparation import ReadTarget
 from adala.data.tars import Fields, read_samples
 
 # Times in a row that a remote shard may break without one new sample between them before reading gives up.
@@ -35,12 +36,12 @@ class Sample:
     Attributes:
         id: ``<shard file name>/<key>``.
         image: RGB.
-        label: Class, None where labels are not asked for.
+        target: What the task reads of it; None where no target is wanted.
     """
 
     id: str
     image: Image.Image
-    label: int | None
+    target: Any
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,29 @@ class RawSample:
         return f"{self.shard.name}/{self.key}"
 
 
-def decode(raw: RawSample, labelled: bool = False) -> Sample:
-    """Decodes the image to RGB, and the label where labels are asked for.
+def decode(raw: RawSample, read_target: ReadTarget | None = None) -> Sample:
+    """Decodes the image to RGB, and reads the target where one is wanted.
 
     Raises:
-        DecodeError: No image, a damaged one, or no label that is a class although labels are asked for.
+        DecodeError: No image, a damaged one, or no target that can be used although one is wanted.
+        ValueError: A target that shows that the recipe is wrong; the message names the sample.
     """
     field = image_field(raw.fields)
     if field is None:
         raise DecodeError(f"no image: it has the files {', '.join(sorted(raw.fields))}, and none of {IMAGE_FIELDS}")
-    label = read_label(raw.fields, raw.shard.classes) if labelled else None
     try:
         image = decode_image(raw.fields[field])
     except DecodeError as error:
         raise DecodeError(f"its {field} cannot be decoded: {error}") from error
-    return Sample(raw.id, image, label)
+    if read_target is None:
+        return Sample(raw.id, image, None)
+    try:
+        target = read_target(raw.fields, raw.shard.classes, (image.height, image.width))
+    except DecodeError:
+        raise
+    except ValueError as error:
+        raise BadDataError(f"the sample {raw.id}: {error}") from error
+    return Sample(raw.id, image, target)
 
 
 def read_shard(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
@@ -182,7 +191,7 @@ def fill_slots(
     slots: Iterable[RawSample],
     from_the_start: Callable[[], Iterable[RawSample]],
     bad: BadSamples,
-    labelled: bool = False,
+    read_target: ReadTarget | None = None,
 ) -> Iterator[Sample]:
     """Decodes one sample for each slot; the next good one of the range takes the slot of a bad one beside its own.
 
@@ -193,7 +202,7 @@ def fill_slots(
         slots: The samples in order of emission.
         from_the_start: Gives the samples of the whole range in order of emission.
         bad: Counts the bad ones.
-        labelled: See :func:`decode`.
+        read_target: See :func:`decode`.
 
     Raises:
         BadDataError: Too many bad samples, or no good one in the range.
@@ -201,7 +210,7 @@ def fill_slots(
     waiting = 0
     for raw in slots:
         try:
-            sample = decode(raw, labelled)
+            sample = decode(raw, read_target)
         except DecodeError as error:
             bad.add(raw, error)
             waiting += 1
@@ -213,7 +222,7 @@ def fill_slots(
         return
     for raw in from_the_start():
         try:
-            sample = decode(raw, labelled)
+            sample = decode(raw, read_target)
         except DecodeError as error:
             bad.add(raw, error)
             continue

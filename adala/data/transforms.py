@@ -5,6 +5,7 @@ Shapes: H, W height and width of the model's input, in pixels.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -120,8 +121,8 @@ def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
-def seeded(transform: ImageTransform, image: Image.Image, seed: int, epoch: int, sample_id: str) -> Tensor:
-    """``transform(image)`` with torch's random numbers a function of (seed, epoch, sample id).
+def seeded(draw: Callable[[], Any], seed: int, epoch: int, sample_id: str) -> Any:
+    """``draw()`` with torch's random numbers a function of (seed, epoch, sample id).
 
     The CPU generator's state is put back afterwards, so that nobody else's numbers depend on the data.
     """
@@ -130,6 +131,6 @@ def seeded(transform: ImageTransform, image: Image.Image, seed: int, epoch: int,
     state = generator.get_state()
     generator.manual_seed(int.from_bytes(digest, "little"))
     try:
-        return transform(image)
+        return draw()
     finally:
         generator.set_state(state)

@@ -11,9 +11,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adala.data import View
 from adala.distributed import all_reduce_sum, device, gather_objects
 from adala.similarity import comparison_metrics, comparison_sums
-from adala.tasks import Task
+from adala.students import token_layout
+from adala.tasks import Prediction, Task
 
 Batch = Mapping[str, Any]
 Outputs = Mapping[str, Tensor]
@@ -30,7 +32,7 @@ class Evaluator:
 
     Every sample counts once, however it was batched. Outputs are those of a :class:`adala.stages.Stage` in eval mode:
     scalars, which are averaged over images; ``features`` beside ``teacher_features``, which are compared;
-    ``prediction`` beside ``target``, which go to the task's metrics.
+    ``decision`` beside ``target``, which go to the task's metrics.
     """
 
     def __init__(self, model: VisionTransformer, task: Task | None = None, collectors: Sequence[Collector] = ()):
@@ -38,7 +40,7 @@ class Evaluator:
 
         Args:
             model: Whose features are compared; its prefix tokens are told apart.
-            task: Whose metrics are computed where there are predictions.
+            task: Whose metrics are computed where there are decisions.
             collectors: Get all outputs too.
         """
         self._num_prefix_tokens = model.num_prefix_tokens
@@ -60,9 +62,9 @@ class Evaluator:
         if "teacher_features" in outputs:
             features, teacher_features = outputs["features"], outputs["teacher_features"]
             self._comparison += comparison_sums(features, teacher_features, self._num_prefix_tokens)
-        if "prediction" in outputs:
+        if "decision" in outputs:
             for metric in self._metrics.values():
-                metric.update(outputs["prediction"], outputs["target"])
+                metric.update(outputs["decision"], outputs["target"])
         for collector in self._collectors:
             collector.update(outputs, batch)
 
@@ -84,6 +86,11 @@ class Evaluator:
             metrics |= {name: float(value) for name, value in compared.items()}
         return metrics
 
+    def total(self) -> dict[str, float]:
+        """:meth:`reduce`, then :meth:`compute`."""
+        self.reduce()
+        return self.compute()
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -91,7 +98,7 @@ class Candidate:
 
     Attributes:
         model: Gives features (B, N, D); in eval mode.
-        head: From features to the task's predictions, where there is one.
+        head: From features and their layout to the task's predictions, where there is one.
         task: Of ``head``.
         collectors: See :class:`Evaluator`.
     """
@@ -107,13 +114,28 @@ class Candidate:
         features = teacher_features if self.model is teacher else self.model(images)
         outputs = {"features": features, "teacher_features": teacher_features}
         if self.head is not None:
-            outputs |= {"prediction": self.head(features), "target": self.task.target(batch, images.device)}
+            decision = self.task.decision(
+                self.head(features, token_layout(self.model, images)), tuple(images.shape[-2:])
+            )
+            outputs |= {"decision": decision, "target": self.task.target(batch, images.device)}
         return outputs
+
+    def predict(self, images: Tensor) -> Prediction:
+        """The head's prediction for images (B, 3, H, W)."""
+        return self.head(self.model(images), token_layout(self.model, images))
+
+
+def precision(autocast: torch.dtype | None) -> torch.autocast:
+    """A context in which models compute in ``autocast``, or as their weights are."""
+    return torch.autocast(device().type, autocast, enabled=autocast is not None)
 
 
 @torch.no_grad()
 def evaluate_all(
-    candidates: Mapping[str, Candidate], teacher: VisionTransformer, batches: Iterable[Batch]
+    candidates: Mapping[str, Candidate],
+    teacher: VisionTransformer,
+    batches: Iterable[Batch],
+    autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics of models over every sample that the ranks' ``batches`` hold, by name; the same on every rank.
 
@@ -123,6 +145,7 @@ def evaluate_all(
         candidates: By name.
         teacher: What they are compared with.
         batches: This rank's part of the data.
+        autocast: See :func:`precision`.
     """
     evaluators = {
         name: Evaluator(one.model, one.task if one.head is not None else None, one.collectors)
@@ -130,12 +153,36 @@ def evaluate_all(
     }
     for batch in batches:
         images = batch["image"].to(device())
-        teacher_features = teacher(images)
+        with precision(autocast):
+            teacher_features = teacher(images)
         for name, candidate in candidates.items():
-            evaluators[name].update(candidate.outputs(batch, images, teacher, teacher_features), batch)
-    for evaluator in evaluators.values():
-        evaluator.reduce()
-    return {name: evaluator.compute() for name, evaluator in evaluators.items()}
+            with precision(autocast):
+                outputs = candidate.outputs(batch, images, teacher, teacher_features)
+            evaluators[name].update(outputs, batch)
+    return {name: evaluator.total() for name, evaluator in evaluators.items()}
+
+
+@torch.no_grad()
+def evaluate_apart(
+    candidates: Mapping[str, Candidate], batches: Iterable[Batch], view: View, autocast: torch.dtype | None = None
+) -> dict[str, dict[str, float]]:
+    """The task's metrics of models with heads over samples of any size (see :meth:`adala.tasks.Task.predict`), by name.
+
+    Args:
+        candidates: By name; with heads.
+        batches: This rank's part of the data.
+        view: What the models have been trained to see.
+        autocast: See :func:`precision`.
+    """
+    evaluators = {name: Evaluator(one.model, one.task) for name, one in candidates.items()}
+    for batch in batches:
+        images = batch["image"].to(device())
+        for name, candidate in candidates.items():
+            target = candidate.task.target(batch, device())
+            with precision(autocast):
+                decision = candidate.task.predict(candidate.predict, images, tuple(target.shape[-2:]), view)
+            evaluators[name].update({"decision": decision, "target": target}, batch)
+    return {name: evaluator.total() for name, evaluator in evaluators.items()}
 
 
 def evaluate(model: VisionTransformer, teacher: VisionTransformer, batches: Iterable[Batch]) -> dict[str, float]:

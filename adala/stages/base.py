@@ -41,7 +41,7 @@ class Stage(nn.Module):
         """Named scalars of a micro-batch; ``loss`` is the one to minimise.
 
         In eval mode also what an :class:`adala.evaluation.Evaluator` reads: ``features`` and ``teacher_features``
-        (B, N, D), and ``prediction`` and ``target`` where there is a task.
+        (B, N, D), and ``decision`` and ``target`` where there is a task.
 
         Args:
             batch: ``image`` (B, 3, height, width), already normalised, and what else the stage reads.

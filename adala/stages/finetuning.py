@@ -29,7 +29,7 @@ class Finetuning(Stage):
         head: nn.Module,
         freeze_backbone: bool = False,
     ):
-        """Builds the stage around ``head``, which maps features (B, N, D) to the task's predictions."""
+        """Builds the stage around ``head``: ``head(features, layout)`` maps features (B, N, D) to a prediction."""
         super().__init__(student, teacher)
         self.task = task
         self.head = head
@@ -44,7 +44,7 @@ class Finetuning(Stage):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``loss`` and the task's metrics of the batch; in eval mode features, prediction and target.
+        """``loss`` and the task's metrics of the batch; in eval mode features, the decision and the target.
 
         Raises:
             ValueError: The batch has no target, or one that the task cannot have.
@@ -53,10 +53,11 @@ class Finetuning(Stage):
         target = self.task.target(batch, images.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             features = self.student(images)
-        prediction = self.head(features)
+        prediction = self.head(features, self.student.token_layout(images))
         loss = self.task.loss(prediction, target, self.training)
         if self.training:
             return {"loss": loss, **self.task.batch_metrics(prediction, target)}
         teacher_features = self.teacher(self.images_for(self.teacher, batch))
         compared = {"features": features, "teacher_features": teacher_features}
-        return {"loss": loss, **compared, "prediction": prediction, "target": target}
+        decision = self.task.decision(prediction, tuple(images.shape[-2:]))
+        return {"loss": loss, **compared, "decision": decision, "target": target}

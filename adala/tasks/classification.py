@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, D embed dim.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,18 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from adala.data import Preparation, View
+from adala.data.labels import Classes, read_label
+from adala.data.tars import Fields
 from adala.heads import ClassificationHead, Pooling
 from adala.tasks.base import Task
 
 
-class TopOne(MulticlassAccuracy):
-    """Share of images whose largest logit is the label's, in percent."""
+class TopK(MulticlassAccuracy):
+    """Share of images whose label is among the k largest logits, in percent."""
 
-    def __init__(self, num_classes: int):
-        super().__init__(num_classes=num_classes, average="micro", validate_args=False)
+    def __init__(self, num_classes: int, k: int = 1):
+        super().__init__(num_classes=num_classes, top_k=k, average="micro", validate_args=False)
 
     def compute(self) -> Tensor:
         return 100 * super().compute()
@@ -40,10 +43,29 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     score: ClassVar[str] = "top1"
+    score_title: ClassVar[str] = "top-1 (%)"
+    probe: ClassVar[Literal["linear"]] = "linear"
 
     num_classes: int
     pooling: Pooling = "cls_patch"
     label_smoothing: float = 0.0
+
+    def read_target(self, fields: Fields, classes: Classes | None, image_size: tuple[int, int]) -> int:
+        """The label."""
+        label = read_label(fields, classes)
+        if label >= self.num_classes:
+            raise ValueError(
+                f"it has the label {label}, but stage3.task.num_classes is {self.num_classes}: labels are 0 to "
+                f"{self.num_classes - 1}"
+            )
+        return label
+
+    def prepare(self, view: View, augmentation: str | None) -> Preparation:
+        """``image`` (3, H, W) and ``label``."""
+        transform = view.image_transform(augmentation)
+        return Preparation(
+            lambda image, label: {"image": transform(image), "label": torch.tensor(label)}, self.read_target
+        )
 
     def build_head(self, student: VisionTransformer) -> ClassificationHead:
         return ClassificationHead(
@@ -51,20 +73,10 @@ class Classification(Task):
         )
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-        """(B,) int64.
-
-        Raises:
-            ValueError: The batch has no labels, or one outside the head's classes.
-        """
+        """(B,) int64."""
         if "label" not in batch:
-            raise ValueError("Stage 3 needs labels: its shards have none (stage3.train_data, data.train)")
-        lowest, highest = int(batch["label"].min()), int(batch["label"].max())
-        if lowest < 0 or highest >= self.num_classes:
-            raise ValueError(
-                f"a sample has the label {lowest if lowest < 0 else highest}, but stage3.num_classes is "
-                f"{self.num_classes}: labels are 0 to {self.num_classes - 1}"
-            )
-        return batch["label"].to(device)
+            raise ValueError("classification needs labels: the batch has none (stage3.train_data, data.train)")
+        return batch["label"].to(device, non_blocking=True)
 
     def loss(self, prediction: Tensor, target: Tensor, training: bool) -> Tensor:
         smoothing = self.label_smoothing if training else 0.0
@@ -74,4 +86,5 @@ class Classification(Task):
         return {"top1": 100 * (prediction.argmax(-1) == target).float().mean()}
 
     def build_metrics(self) -> dict[str, Metric]:
-        return {"top1": TopOne(self.num_classes)}
+        """``top1``, and ``top5`` where there are more than five classes."""
+        return {f"top{k}": TopK(self.num_classes, k) for k in (1, 5) if k == 1 or self.num_classes > k}

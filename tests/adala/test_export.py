@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_recipe
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
 
-from adala import load_classifier, load_student
+from adala import load_task_model, load_student
 from adala.build import build_evaluation_loader, build_stage, build_teacher, prepare_student, unaligned_student
 from adala.config import load_recipe
 from adala.export import StudentDescription, read_description, save_student
@@ -54,7 +54,7 @@ def test_what_was_trained_is_read_back(export) -> None:
     student = load_student(folder)
     key = "blocks.0.attn.token_mixer.projection"
     assert torch.equal(student.state_dict()[key], state[f"student.{key}"])
-    assert load_classifier(folder)(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    assert load_task_model(folder)(torch.randn(2, 3, 16, 16)).shape == (2, 3)
     assert read_task(read_description(folder).task) == Classification(3)
 
 
@@ -146,7 +146,7 @@ def test_what_a_description_cannot_mean_is_said_with_its_file(exported: Path, ch
     path = exported / "model.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
-        load_classifier(exported)
+        load_task_model(exported)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_damaged_weights_of_a_student_are_one_sentence(exported: Path, name: str
 
     def refuses(message: str) -> None:
         with pytest.raises(ValueError, match=message) as raised:
-            load_classifier(exported)
+            load_task_model(exported)
         assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
     save_file({**state, key: state[key] * float("nan")}, path)
@@ -214,4 +214,4 @@ def test_damaged_weights_of_a_student_are_one_sentence(exported: Path, name: str
 def test_a_student_is_found_below_the_home_folder(exported: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(exported, tmp_path / "my student")
-    assert load_classifier("~/my student")(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+    assert load_task_model("~/my student")(torch.randn(1, 3, 16, 16)).shape == (1, 3)

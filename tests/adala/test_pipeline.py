@@ -12,7 +12,7 @@ from ranks import on_ranks
 from tiny_run import read_tiny_val, write_tiny_recipe, write_tiny_shards
 from tiny_stage import plan_stage, run
 
-from adala import load_classifier, load_student
+from adala import load_task_model, load_student
 from adala.build import build_teacher, unaligned_student
 from adala.config import load_recipe
 from adala.metrics import read_metrics
@@ -73,7 +73,7 @@ def test_the_table_holds_what_the_exported_models_give(finished: Path) -> None:
     for name, student in zip(NAMES, students, strict=True):
         cosine = F.cosine_similarity(student(images), teacher(images), dim=-1).mean().item()
         assert rows[name]["feature_cosine"] == pytest.approx(cosine, abs=2e-5), name
-    right = load_classifier(stage_of(finished, 3))(images).argmax(-1) == labels
+    right = load_task_model(stage_of(finished, 3))(images).argmax(-1) == labels
     assert rows["stage 3"]["top1"] == pytest.approx(100 * right.float().mean().item(), abs=0.005)
     tops = [rows[name]["top1"] for name in NAMES]
     assert all(round(top / 100 * 14) == pytest.approx(top / 100 * 14, abs=0.01) for top in tops), "shares of 14"

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_run import read_tiny_val, write_tiny_recipe
 from tiny_teacher import build_tiny_teacher
 
-from adala import load_classifier
+from adala import load_task_model
 from adala.config import load_recipe
 from adala.data import write_shards
 
@@ -65,7 +65,7 @@ def test_a_real_adaptation_and_one_that_fails(tmp_path, monkeypatch):
     assert (failed.conversion, done.conversion) == ("adala", "native")
     assert "stage1.steps" in failed.error and failed.error.startswith("stage 1: error:") and failed.top1 is None
     assert done.error is None and done.steps == {"3": 3} and done.images_seen == 24
-    tuned = load_classifier(tmp_path / "runs" / "cosformer-native" / "stage3")
+    tuned = load_task_model(tmp_path / "runs" / "cosformer-native" / "stage3")
     pixels, labels = read_tiny_val(tmp_path / "shards")
     right = tuned(pixels).argmax(-1) == labels
     assert done.top1 == pytest.approx(100 * right.float().mean().item()) and done.aligned_top1 is None

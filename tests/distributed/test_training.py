@@ -15,7 +15,7 @@ from tiny_run import read_tiny_val, write_tiny_recipe
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
 from warm import run_until_step, train
 
-from adala import load_classifier, load_student
+from adala import load_task_model, load_student
 from adala.checkpoint import complete_checkpoints
 from adala.metrics import read_metrics
 
@@ -65,7 +65,7 @@ def test_three_stages_and_their_report(finished_run) -> None:
     # Colour gives the classes away, so that a probe on any features finds them; the head has had four steps.
     assert [row["top1"] for row in rows[:4]] == [100.0] * 4
     images, labels = read_tiny_val(folder / "shards")
-    right = load_classifier(run / "stage3")(images).argmax(-1) == labels
+    right = load_task_model(run / "stage3")(images).argmax(-1) == labels
     # bf16 may round one of 14 images across the border.
     assert rows[4]["top1"] == pytest.approx(100 * right.float().mean().item(), abs=7.2 if "bf16" in name else 0.01)
     assert "feature cosine" in printed and "stage 3" in printed
@@ -110,7 +110,7 @@ def test_the_export_is_complete_and_scores_as_in_training(finished_run) -> None:
     cosine = json.loads((run / "stage2" / "finished.json").read_text())["metrics"]["feature_cosine"]
     rows = json.loads((run / "report.json").read_text())["rows"]
     assert rows[3]["feature_cosine"] == pytest.approx(cosine, abs=tolerance)
-    assert load_classifier(run / "stage3")(images).shape == (2, 3)
+    assert load_task_model(run / "stage3")(images).shape == (2, 3)
 
 
 def test_a_softmax_student_loads_into_plain_timm(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""How the files of a sample become the tensors of a batch: the image alone, or with a task's target.
+
+Shapes: H, W height and width of the model's input, in pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from adala.data.labels import Classes
+from adala.data.tars import Fields
+from adala.data.transforms import ImageTransform, build_eval_transform, build_train_transform
+
+# From a sample's files by extension, the names of classes, and the image's height and width, to its target.
+ReadTarget = Callable[[Fields, Classes | None, tuple[int, int]], Any]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model is to see of images.
+
+    Attributes:
+        image_size: H and W.
+        mean: Per channel, of values in 0 .. 1.
+        std: Per channel, of values in 0 .. 1.
+        patch_size: Height and width of a patch in pixels, which divide those of the image.
+    """
+
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    patch_size: tuple[int, int]
+
+    def image_transform(self, augmentation: str | None = None) -> ImageTransform:
+        """From a PIL RGB image to float32 (3, H, W): augmented by that name, or as evaluations see it.
+
+        Raises:
+            ValueError: Unknown augmentation.
+        """
+        if augmentation is None:
+            return build_eval_transform(self.image_size, self.mean, self.std)
+        return build_train_transform(self.image_size, self.mean, self.std, augmentation=augmentation)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What becomes of a sample.
+
+    Attributes:
+        transform: From the RGB image and the target to tensors by name, ``image`` (3, H, W) and what else there is. In
+            training its random numbers are seeded for each sample.
+        read_target: See :data:`ReadTarget`; None where no target is wanted. It raises DecodeError for a sample without
+            one that can be used, which is a bad one then, and another ValueError for one that shows that the recipe is
+            wrong, which stops the run.
+    """
+
+    transform: Callable[[Image.Image, Any], dict[str, Tensor]]
+    read_target: ReadTarget | None = None
+
+
+def prepare_images(transform: ImageTransform) -> Preparation:
+    """The image alone."""
+    return Preparation(lambda image, target: {"image": transform(image)})

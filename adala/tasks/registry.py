@@ -1,0 +1,62 @@
+"""Tasks by name: those of this package, and whatever installed packages offer as entry points."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from adala.plugins import find_plugins, load_plugin
+from adala.tasks.base import Task
+
+ENTRY_POINT_GROUP = "adala.tasks"
+BUILT_IN = {
+    "classification": "adala.tasks.classification:Classification",
+    "multilabel": "adala.tasks.multilabel:Multilabel",
+    "segmentation": "adala.tasks.segmentation:Segmentation",
+}
+
+
+@functools.cache
+def _targets() -> dict[str, str]:
+    return find_plugins("task", ENTRY_POINT_GROUP, BUILT_IN)
+
+
+def task_names() -> list[str]:
+    """The names of all tasks that can be used here, the built-in ones first."""
+    return list(_targets())
+
+
+def resolve_task(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        ValueError: No task has this name (the message lists those there are), or its package cannot be imported.
+    """
+    return load_plugin("task", name, _targets())
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """A task as JSON can hold it, every option written out; :func:`read_task` gives it back."""
+    return {"name": task.name, **dataclasses.asdict(task)}
+
+
+def read_task(description: Mapping[str, Any]) -> Task:
+    """The task of a description, which is its ``name`` and some of its options.
+
+    Raises:
+        ValueError: An unknown task, or options that it does not have, lacks, or cannot be so.
+    """
+    options = dict(description)
+    task_class = resolve_task(options.pop("name", None))
+    fields = {field.name: field for field in dataclasses.fields(task_class)}
+    unknown = next((key for key in options if key not in fields), None)
+    if unknown is not None:
+        raise ValueError(f"{task_class.name} has no option {unknown!r}: it has {', '.join(fields)}")
+    missing = next((key for key, field in fields.items() if key not in options and _is_required(field)), None)
+    if missing is not None:
+        raise ValueError(f"{task_class.name} needs the option {missing!r}")
+    return task_class(**options)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
