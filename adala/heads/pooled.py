@@ -1,4 +1,4 @@
-"""Task heads on the features of all tokens.
+"""Classification on pooled tokens.
 
 Shapes: B batch, N tokens, D embed dim.
 """
@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from adala.attention import TokenLayout
 
 Pooling = Literal["cls", "patch", "cls_patch"]
 
@@ -59,7 +61,7 @@ class ClassificationHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
         nn.init.trunc_normal_(self.linear.weight, std=0.01)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits (B, num_classes) of the features (B, N, D) of all tokens."""
+    def forward(self, features: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        """Logits (B, num_classes) of the features (B, N, D) of all tokens, however their patches lie."""
         pooled = pool_tokens(features, self.num_prefix_tokens, self.pooling, self.has_class_token)
         return self.linear(self.norm(pooled))
