@@ -145,6 +145,7 @@ def _build_finetuning(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(plan.model.seed)
         head = plan.task.build_head(student)
+    _starts_as_probe(plan)
     head = head.to(student.patch_embed.proj.weight.device)
     return Finetuning(student, teacher, plan.task, head, plan.config.freeze_backbone)
 
@@ -160,8 +161,17 @@ def measure_on_data(plan: StagePlan, stage: Stage) -> None:
     """What a stage wants to know of its training data before it starts; every rank calls it."""
     if stage.calibrated_targets:
         stage.calibrate(build_evaluation_loader(plan.data, plan.training, CALIBRATION_SAMPLES))
-    if getattr(plan.config, "head_init", None) == "probe":
+    if _starts_as_probe(plan):
         _fit_head(plan, stage)
+
+
+def _starts_as_probe(plan: StagePlan) -> bool:
+    """Raises ValueError where the head cannot."""
+    if plan.task is None or plan.config.head_init != "probe":
+        return False
+    if plan.task.probe != "linear":
+        raise ValueError(f"stage3.head_init is probe, which is for classification: {plan.task.name} has random")
+    return True
 
 
 def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
@@ -171,7 +181,7 @@ def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
     """
     task, head, student = plan.task, stage.head, stage.student.eval()
     batches = build_evaluation_loader(plan.data, plan.training, plan.config.head_init_samples, task)
-    features = collect_features({"": student}, batches, head.pooling)[""]
+    features = collect_features({"": student}, batches, head.pooling, task)[""]
     normalized = Features(head.norm(features.values.to(device())).cpu(), features.labels)
     # On rank 0 alone: L-BFGS would round differently on machines that differ.
     weight, bias = from_rank_0(lambda: fit_probe(normalized, task.num_classes, plan.probe_l2))
@@ -258,12 +268,19 @@ def build_monitor_loader(plan: StagePlan) -> EvaluationLoader:
 
 def build_scorer(data: DataPlan, evaluation: EvaluationPlan, teacher: VisionTransformer) -> Scorer:
     """Scores a run's models on all held-out samples."""
-    labelled = evaluation.probe_train is not None
-    probe_train = None
-    if labelled:
-        probe_train = build_evaluation_loader(data, evaluation.probe_train, evaluation.probe_samples, labelled=True)
-    held_out = build_evaluation_loader(data, evaluation.held_out, labelled=labelled)
-    return Scorer(teacher, held_out, probe_train, evaluation.probe_l2)
+    task, probe_train, apart = evaluation.task, None, None
+    if evaluation.probe_train is not None:
+        probe_train = build_evaluation_loader(data, evaluation.probe_train, evaluation.probe_samples, task)
+    preparation = task.prepare_scoring(data.view) if task else None
+    if preparation is not None:
+        apart = build_evaluation_loader(data, evaluation.held_out, task=task, preparation=preparation)
+    held_out = build_evaluation_loader(data, evaluation.held_out, task=task)
+    return Scorer(teacher, task, held_out, probe_train, evaluation.probe_l2, apart, data.view, scoring_precision())
+
+
+def scoring_precision() -> torch.dtype | None:
+    """What models compute in where nothing trains: bf16 on an accelerator, else what their weights are."""
+    return torch.bfloat16 if device().type == "cuda" else None
 
 
 def rehearse(plan: RunPlan) -> None:

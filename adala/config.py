@@ -306,7 +306,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
 
 
 def _typed_below(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Within mappings the parser leaves text as it is from the second level on (``--stage3.task.head_options.depth 2``):
+    """Within mappings the parser leaves text as it is from the second level on (``--stage3.task.head_options.depth``):
     here it is read as a recipe's would be."""
     for key in keys:
         *path, last = key.split(".")

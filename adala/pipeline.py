@@ -29,7 +29,7 @@ from adala.config import Recipe, recipe_to_yaml
 from adala.data import StreamState, TrainLoader
 from adala.distributed import device, from_rank_0, gather_objects, raise_together, rank, say
 from adala.engine import Engine
-from adala.evaluation import Candidate, Evaluator
+from adala.evaluation import Candidate, Evaluator, precision
 from adala.export import WEIGHTS, load_student, load_task_model, read_description, save_student
 from adala.files import file_digest, remove_tree, write_whole
 from adala.lineage import START, Decision, decide, refuse_changed
@@ -186,7 +186,7 @@ def _train(
 def export_stage(plan: StagePlan, engine: Engine, stage: Stage, folder: StageFolder) -> str:
     """Writes the stage's student, gathered from whatever ZeRO stage; every rank calls it.
 
-    It is read back and must give the features that the trained one gives.
+    It is read back and must give the features and decisions that the trained one gives.
 
     Returns:
         The digest of its weights.
@@ -202,7 +202,7 @@ def export_stage(plan: StagePlan, engine: Engine, stage: Stage, folder: StageFol
     batch = {key: value[:CHECKED_IMAGES] if key != "epoch" else value for key, value in batch.items()}
     engine.eval()
     with torch.no_grad():
-        trained = engine(batch)["features"]
+        trained = engine(batch)
     return from_rank_0(partial(_write_student, plan, stage, folder, state, batch, trained))
 
 
@@ -212,25 +212,37 @@ def _write_student(
     folder: StageFolder,
     state: dict[str, torch.Tensor],
     batch: dict[str, Any],
-    trained: torch.Tensor,
+    trained: dict[str, torch.Tensor],
 ) -> str:
     student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
     head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
     description = replace(plan.model.student, task=describe_task(plan.task) if plan.task else None)
     save_student(folder.path, merge_lora(student), description, head or None)
-    precision = plan.model.precision
-    reloaded = load_student(folder.path).to(device(), precision.dtype)
-    cast = torch.autocast(device().type, precision.autocast_dtype, enabled=precision.autocast_dtype is not None)
-    with torch.no_grad(), cast:
-        features = reloaded(stage.images_for(reloaded, batch))
-    error = float(relative_error(features, trained))
-    tolerance = EXPORT_TOLERANCE[precision.autocast_dtype or precision.dtype]
-    if not error <= tolerance:
-        raise ValueError(
-            f"the student written to {folder.path} does not give the features of the one that was trained (relative "
-            f"error {error:.2g}, at most {tolerance:g}): please report this; the checkpoints are intact"
-        )
+    dtype = plan.model.precision.dtype
+    with torch.no_grad(), precision(plan.model.precision.autocast_dtype):
+        reloaded = load_student(folder.path).to(device(), dtype)
+        found = {"features": reloaded(stage.images_for(reloaded, batch))}
+        if head:
+            whole = load_task_model(folder.path).to(device(), dtype)
+            found["decision"] = whole.predict(stage.images_for(whole.student, batch))
+    for name, value in found.items():
+        tolerance = EXPORT_TOLERANCE[plan.model.precision.autocast_dtype or dtype]
+        # A decision between scores that are nearly the same turns at once.
+        tolerance *= 1 if value.is_floating_point() else 10
+        error = _difference(value, trained[name])
+        if not error <= tolerance:
+            raise ValueError(
+                f"the student written to {folder.path} does not give the {name} of the one that was trained (they "
+                f"differ by {error:.2g}, at most {tolerance:g}): please report this; the checkpoints are intact"
+            )
     return file_digest(folder.path / WEIGHTS)
+
+
+def _difference(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error of numbers, the share of decisions that are others."""
+    if value.is_floating_point():
+        return float(relative_error(value, expected))
+    return float((value != expected).float().mean())
 
 
 def report_run(plan: RunPlan) -> bool:

@@ -100,7 +100,7 @@ class Sources:
         """Refuses a data set whose first samples the task cannot be trained or scored on.
 
         Raises:
-            ValueError: No targets, none that says anything, or one that the task cannot have; the message names ``key``.
+            ValueError: No targets, none that says anything, or one that the task cannot have; it names ``key``.
         """
         try:
             missing = self.missing_targets(task, sources)

@@ -183,8 +183,8 @@ class Trainer:
         say(f"step {self.step}: nothing of its targets is known, all is ignored")
         if self.unlabelled_in_a_row >= min(loader.steps_per_epoch, self.config.steps):
             raise SharedError(
-                f"step {self.step}: of the targets of {self.unlabelled_in_a_row} steps, an epoch, nothing was known, all "
-                "was ignored: look at how the targets are read (stage3.task), and at the data"
+                f"step {self.step}: of the targets of {self.unlabelled_in_a_row} steps, an epoch, nothing was known, "
+                "all was ignored: look at how the targets are read (stage3.task), and at the data"
             )
 
     def _was_skipped(self) -> bool:

@@ -1,7 +1,15 @@
 """How models are scored: metrics against the teacher over a data set or block by block, probes on frozen features."""
 
 from adala.evaluation.block_errors import BlockErrors, BlockReport, measure_block_errors
-from adala.evaluation.evaluator import Candidate, Collector, Evaluator, evaluate, evaluate_all
+from adala.evaluation.evaluator import (
+    Candidate,
+    Collector,
+    Evaluator,
+    evaluate,
+    evaluate_all,
+    evaluate_apart,
+    precision,
+)
 from adala.evaluation.features import FeatureCollector, Features, collect_features
 from adala.evaluation.linear_probe import fit_probe, linear_probe_top1
 from adala.evaluation.scoring import Score, Scorer
@@ -19,7 +27,9 @@ __all__ = [
     "collect_features",
     "evaluate",
     "evaluate_all",
+    "evaluate_apart",
     "fit_probe",
     "linear_probe_top1",
     "measure_block_errors",
+    "precision",
 ]

@@ -12,7 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adala.distributed import SharedError, device, gather_objects
+from adala.evaluation.evaluator import precision
 from adala.heads import Pooling, pool_tokens
+from adala.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Features:
 
     Attributes:
         values: (n, F) float32 on the CPU.
-        labels: (n,) int64.
+        labels: (n,) int64, or (n, K) of zeros and ones.
     """
 
     values: Tensor
@@ -31,8 +33,15 @@ class Features:
 class FeatureCollector:
     """Gathers pooled features and labels batch by batch; :meth:`gathered` joins those of all ranks."""
 
-    def __init__(self, model: VisionTransformer, pooling: Pooling):
-        self._model, self._pooling = model, pooling
+    def __init__(self, model: VisionTransformer, pooling: Pooling, task: Task):
+        """Starts from nothing.
+
+        Args:
+            model: Whose features they are.
+            pooling: Of its tokens.
+            task: Whose targets are the labels.
+        """
+        self._model, self._pooling, self._task = model, pooling, task
         self._values: list[Tensor] = []
         self._labels: list[Tensor] = []
 
@@ -42,12 +51,10 @@ class FeatureCollector:
         Raises:
             ValueError: The batch has no labels.
         """
-        if "label" not in batch:
-            raise ValueError("a linear probe needs labels: its shards have none (docs/DATA.md)")
         prefix, has_class_token = self._model.num_prefix_tokens, self._model.has_class_token
         tokens = outputs["features"].float()
         self._values.append(pool_tokens(tokens, prefix, self._pooling, has_class_token).cpu())
-        self._labels.append(batch["label"])
+        self._labels.append(self._task.target(batch, torch.device("cpu")))
 
     def gathered(self) -> Features:
         """Those of all ranks, in their order; every rank calls it, also one that had no batch.
@@ -64,16 +71,22 @@ class FeatureCollector:
 
 @torch.no_grad()
 def collect_features(
-    models: Mapping[str, VisionTransformer], batches: Iterable[Mapping[str, Any]], pooling: Pooling
+    models: Mapping[str, VisionTransformer],
+    batches: Iterable[Mapping[str, Any]],
+    pooling: Pooling,
+    task: Task,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, Features]:
     """Pooled features and labels of every sample that the ranks' ``batches`` hold, by model; the same on every rank.
 
     Raises:
         ValueError: A batch without labels.
     """
-    collectors = {name: FeatureCollector(model, pooling) for name, model in models.items()}
+    collectors = {name: FeatureCollector(model, pooling, task) for name, model in models.items()}
     for batch in batches:
         images = batch["image"].to(device())
         for name, model in models.items():
-            collectors[name].update({"features": model(images)}, batch)
+            with precision(autocast):
+                features = model(images)
+            collectors[name].update({"features": features}, batch)
     return {name: collector.gathered() for name, collector in collectors.items()}

@@ -53,12 +53,15 @@ class Classification(Task):
     def read_target(self, fields: Fields, classes: Classes | None, image_size: tuple[int, int]) -> int:
         """The label."""
         label = read_label(fields, classes)
-        if label >= self.num_classes:
+        self._check(label, "it")
+        return label
+
+    def _check(self, label: int, whose: str) -> None:
+        if not 0 <= label < self.num_classes:
             raise ValueError(
-                f"it has the label {label}, but stage3.task.num_classes is {self.num_classes}: labels are 0 to "
+                f"{whose} has the label {label}, but stage3.task.num_classes is {self.num_classes}: labels are 0 to "
                 f"{self.num_classes - 1}"
             )
-        return label
 
     def prepare(self, view: View, augmentation: str | None) -> Preparation:
         """``image`` (3, H, W) and ``label``."""
@@ -73,9 +76,15 @@ class Classification(Task):
         )
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-        """(B,) int64."""
+        """(B,) int64.
+
+        Raises:
+            ValueError: The batch has no labels, or one outside the classes.
+        """
         if "label" not in batch:
             raise ValueError("classification needs labels: the batch has none (stage3.train_data, data.train)")
+        for label in (batch["label"].min(), batch["label"].max()):
+            self._check(int(label), "a sample")
         return batch["label"].to(device, non_blocking=True)
 
     def loss(self, prediction: Tensor, target: Tensor, training: bool) -> Tensor:

@@ -47,15 +47,19 @@ def read_task(description: Mapping[str, Any]) -> Task:
         ValueError: An unknown task, or options that it does not have, lacks, or cannot be so.
     """
     options = dict(description)
-    task_class = resolve_task(options.pop("name", None))
+    name = options.pop("name", None)
+    task_class = resolve_task(name)
     fields = {field.name: field for field in dataclasses.fields(task_class)}
     unknown = next((key for key in options if key not in fields), None)
     if unknown is not None:
-        raise ValueError(f"{task_class.name} has no option {unknown!r}: it has {', '.join(fields)}")
+        raise ValueError(f"task {name}: it has no option {unknown!r}, but {', '.join(fields)}")
     missing = next((key for key, field in fields.items() if key not in options and _is_required(field)), None)
     if missing is not None:
-        raise ValueError(f"{task_class.name} needs the option {missing!r}")
-    return task_class(**options)
+        raise ValueError(f"task {name}: it needs the option {missing!r}")
+    try:
+        return task_class(**options)
+    except ValueError as error:
+        raise ValueError(f"task {name}: {error}") from error
 
 
 def _is_required(field: dataclasses.Field) -> bool:

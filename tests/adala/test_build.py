@@ -56,7 +56,7 @@ def test_what_trains_in_each_stage(recipe: Path) -> None:
 
 
 def test_the_stages_are_built_as_the_recipe_says(recipe: Path) -> None:
-    overrides = ["--stage3.label_smoothing=0.2", "--stage3.pooling=patch", "--stage3.num_classes=4"]
+    overrides = ["--stage3.task.label_smoothing=0.2", "--stage3.task.pooling=patch", "--stage3.task.num_classes=4"]
     stage = build_tiny_stage(plan_stage(recipe, 3, overrides))
     assert (stage.task.label_smoothing, stage.task.pooling, stage.task.num_classes) == (0.2, "patch", 4)
     assert stage.head.linear.weight.shape == (4, 32) and not stage.freeze_backbone
@@ -74,13 +74,13 @@ def test_a_head_that_starts_as_a_probe_is_at_the_probes_optimum(recipe: Path, po
     # Features of very unequal scales: otherwise the final norm has left next to nothing for the head's to do.
     path = recipe.parent / "teacher.safetensors"
     save_file(load_file(path) | {"norm.weight": torch.logspace(-2, 1, 32)}, path)
-    overrides = ["--stage3.head_init=probe", f"--stage3.pooling={pooling}", "--evaluation.probe_l2=0.05"]
+    overrides = ["--stage3.head_init=probe", f"--stage3.task.pooling={pooling}", "--evaluation.probe_l2=0.05"]
     plan = plan_stage(recipe, 3, overrides)
     stage = build_tiny_stage(plan)
     assert stage.student.training and stage.head.linear.weight.requires_grad
-    batches = build_evaluation_loader(plan.data, plan.training, labelled=True)
+    batches = build_evaluation_loader(plan.data, plan.training, task=plan.task)
     stage.eval()
-    found = collect_features({"": stage.student}, batches, pooling)[""]
+    found = collect_features({"": stage.student}, batches, pooling, plan.task)[""]
     inputs, head = stage.head.norm(found.values), stage.head.linear
     with torch.no_grad():
         excess = head(inputs).softmax(-1) - F.one_hot(found.labels, 3)

@@ -215,8 +215,7 @@ REFUSED: dict[str, dict[str, list]] = {
     "stage2": {**STAGE, "freeze": [[""], ["a", "\0"]]},
     "stage3": {
         **STAGE,
-        "num_classes": [0, 1, -1, 2**31],
-        "label_smoothing": [-0.1, 1.0, 2, NAN],
+        "task": [{"a": NAN}, {1: 2}],
         "head_init_samples": [0, -1],
         "head_lr": [0, -1, 1e30, NAN],
     },
@@ -288,7 +287,7 @@ def test_a_value_of_a_wrong_type_is_refused_where_a_class_is_built(built: type, 
     [
         ["--stage1.steps", "2", "--stage1.warmup_steps", "10"],
         ["--stage1.warmup_steps", "0", "--stage1.gradient_clipping", "0", "--stage1.betas", "[0.0, 0.999]"],
-        ["--stage3.freeze_backbone", "true", "--stage3.head_lr", "1e-2", "--stage3.num_classes", "2"],
+        ["--stage3.freeze_backbone", "true", "--stage3.head_lr", "1e-2", "--stage3.task.num_classes", "2"],
         ["--stage2.min_lr", "1e-3", "--stage2.lr", "1e-3", "--stage2.schedule", "constant"],
         ["--seed", str(2**63 - 1), "--data.shuffle_buffer", "0", "--evaluation.probe_l2", "0"],
         ["--data.mean", "[0, 0, 0]", "--data.std", "[1, 1, 1]", "--data.image_size", "[14, 28]"],

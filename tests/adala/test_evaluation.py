@@ -11,6 +11,7 @@ from adala.evaluation import Candidate, Evaluator, FeatureCollector, Scorer, eva
 from adala.students import linearize
 from adala.tasks import Classification
 
+TASK = Classification(3)
 CUTS = [[6], [1, 5], [2, 2, 2]]
 
 
@@ -20,7 +21,7 @@ def outputs_of(count: int) -> tuple[dict[str, torch.Tensor], dict]:
     return {
         "features": features,
         "teacher_features": features + torch.randn(count, 17, 32, generator=generator),
-        "prediction": torch.randn(count, 3, generator=generator),
+        "decision": torch.randn(count, 3, generator=generator),
         "target": torch.randint(3, (count,), generator=generator),
     }, {"id": [str(number) for number in range(count)]}
 
@@ -28,7 +29,7 @@ def outputs_of(count: int) -> tuple[dict[str, torch.Tensor], dict]:
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_metrics_do_not_depend_on_batches(teacher, cut: list[int]) -> None:
     outputs, batch = outputs_of(6)
-    evaluator, whole = (Evaluator(teacher, Classification(3)) for _ in range(2))
+    evaluator, whole = (Evaluator(teacher, TASK) for _ in range(2))
     whole.update(outputs | {"loss": torch.tensor(1.0)}, batch)
     parts = {name: value.split(cut) for name, value in outputs.items()}
     for index, size in enumerate(cut):
@@ -37,7 +38,7 @@ def test_metrics_do_not_depend_on_batches(teacher, cut: list[int]) -> None:
         evaluator.update(part | {"loss": torch.tensor(1.0)}, {"id": ["x"] * size})
     for each in (evaluator, whole):
         each.reduce()
-    expected = 100 * (outputs["prediction"].argmax(-1) == outputs["target"]).float().mean().item()
+    expected = 100 * (outputs["decision"].argmax(-1) == outputs["target"]).float().mean().item()
     assert whole.compute()["top1"] == pytest.approx(expected)
     assert evaluator.compute() == pytest.approx(whole.compute(), rel=1e-6)
 
@@ -75,8 +76,8 @@ def test_a_model_against_its_teacher(teacher, cut: list[int]) -> None:
 
 def test_scores_by_a_probe_and_by_a_head() -> None:
     teacher = build_tiny_teacher()
-    student, task = linearize(teacher, "linear").eval(), Classification(3)
-    scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
+    student, task = linearize(teacher, "linear").eval(), TASK
+    scorer = Scorer(teacher, TASK, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
     probed = scorer.score(Candidate(student))
     assert probed.value == pytest.approx(100.0) and probed.metrics["feature_cosine"] < 1
     head = task.build_head(student)
@@ -86,14 +87,14 @@ def test_scores_by_a_probe_and_by_a_head() -> None:
     right = head(student(whole["image"])).argmax(-1) == whole["label"]
     assert right.tolist().count(True) in range(1, 6), "a share that a mistake would change"
     assert tuned.value == tuned.metrics["top1"] == pytest.approx(100 * right.float().mean().item())
-    assert Scorer(teacher, labelled_batches([6]), None, 1e-3).score(Candidate(student)).value is None
+    assert Scorer(teacher, TASK, labelled_batches([6]), None, 1e-3).score(Candidate(student)).value is None
 
 
 def test_all_models_are_scored_in_one_pass_as_each_alone(teacher, monkeypatch) -> None:
-    student, task = linearize(teacher, "linear").eval(), Classification(3)
+    student, task = linearize(teacher, "linear").eval(), TASK
     head = task.build_head(student)
     torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
-    scorer = Scorer(teacher, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
+    scorer = Scorer(teacher, TASK, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
     candidates = {"t": Candidate(teacher), "s": Candidate(student), "tuned": Candidate(student, head, task)}
     alone = {name: scorer.score(candidate) for name, candidate in candidates.items()}
     calls = []
@@ -106,13 +107,13 @@ def test_all_models_are_scored_in_one_pass_as_each_alone(teacher, monkeypatch) -
 def test_all_labels_alike_give_no_score(teacher) -> None:
     alike = [{**batch, "label": torch.zeros_like(batch["label"])} for batch in labelled_batches([6])]
     for held_out, train in ((alike, alike), (labelled_batches([6]), alike), (alike, labelled_batches([6]))):
-        assert Scorer(teacher, held_out, train, 1e-3).score(Candidate(teacher)).value is None
+        assert Scorer(teacher, TASK, held_out, train, 1e-3).score(Candidate(teacher)).value is None
 
 
 def score_unevenly(batches_of_ranks: list[list[dict]]) -> tuple[dict[str, float], int]:
     """As a rank of several, of which some have no batch: bad samples may have left it none."""
     teacher = build_tiny_teacher()
-    collector = FeatureCollector(teacher, "cls")
+    collector = FeatureCollector(teacher, "cls", TASK)
     candidate = Candidate(linearize(teacher, "linear").eval(), collectors=[collector])
     metrics = evaluate_all({"student": candidate}, teacher, batches_of_ranks[rank()])["student"]
     evaluator = Evaluator(teacher)
@@ -130,7 +131,7 @@ def test_a_rank_without_a_batch_is_waited_for_and_waits(teacher) -> None:
 
 def collect_nothing() -> str:
     with pytest.raises(ValueError) as caught:
-        FeatureCollector(build_tiny_teacher(), "cls").gathered()
+        FeatureCollector(build_tiny_teacher(), "cls", TASK).gathered()
     return str(caught.value)
 
 

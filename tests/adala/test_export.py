@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_recipe
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
 
-from adala import load_task_model, load_student
+from adala import load_student, load_task_model
 from adala.build import build_evaluation_loader, build_stage, build_teacher, prepare_student, unaligned_student
 from adala.config import load_recipe
 from adala.export import StudentDescription, read_description, save_student
@@ -40,12 +40,12 @@ def export(request: pytest.FixtureRequest, tmp_path: Path):
     stage.begin_step(1)
     state = {name: value.clone() for name, value in stage.state_dict().items()}
     stage.to(plan.model.precision.dtype).eval()
-    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, 4, labelled=True)))
+    batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, 4, plan.task)))
     autocast = plan.model.precision.autocast_dtype
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
-        features = stage(batch)["features"]
+        trained = stage(batch)
     folder = StageFolder(tmp_path / "stage3")
-    return folder.path, state, partial(_write_student, plan, stage, folder, batch=batch, trained=features)
+    return folder.path, state, partial(_write_student, plan, stage, folder, batch=batch, trained=trained)
 
 
 def test_what_was_trained_is_read_back(export) -> None:

@@ -12,7 +12,7 @@ from ranks import on_ranks
 from tiny_run import read_tiny_val, write_tiny_recipe, write_tiny_shards
 from tiny_stage import plan_stage, run
 
-from adala import load_task_model, load_student
+from adala import load_student, load_task_model
 from adala.build import build_teacher, unaligned_student
 from adala.config import load_recipe
 from adala.metrics import read_metrics

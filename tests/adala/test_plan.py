@@ -32,7 +32,7 @@ def test_a_plan_holds_every_stage_and_touches_nothing(plan_of, tmp_path: Path) -
     rehearse(plan)
     assert [stage.number for stage in plan.stages] == [1, 2, 3] == list(STAGES)
     assert [stage.task is None for stage in plan.stages] == [True, True, False]
-    assert plan.data.mean == (0.5, 0.5, 0.5) and plan.stages[0].micro_batch_size == 8
+    assert plan.data.view.mean == (0.5, 0.5, 0.5) and plan.stages[0].micro_batch_size == 8
     assert not (tmp_path / "runs").exists()
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.stages[0].number = 2
@@ -121,8 +121,8 @@ def test_a_native_conversion_states_its_values_in_the_recipe_and_says_so(plan_of
         (["--teacher.checkpoint", "null"], "the teacher has no weights: name a file in teacher.checkpoint"),
         (["--teacher.checkpoint", "/nowhere.safetensors"], "teacher.checkpoint /nowhere.safetensors does not exist"),
         (
-            ["--stage3.num_classes", "2"],
-            r"data.train, sample .*: a sample has the label 2, but stage3.num_classes is 2",
+            ["--stage3.task.num_classes", "2"],
+            r"data.train: the sample .*: it has the label 2, but stage3.task.num_classes is 2",
         ),
         (["--stage2.freeze", '["nothing.*"]'], "freeze: no parameter matches 'nothing"),
         (["--keep", "[7]"], "the model has the blocks 0 to 2, not 7"),
@@ -147,7 +147,7 @@ def test_stage_3_needs_labels_and_says_where(tmp_path: Path) -> None:
     recipe = str(write_tiny_recipe(tmp_path))
     write_shards([{"png": Image.new("RGB", (16, 16))}] * 16, tmp_path / "plain", "val", samples_per_shard=16)
     overrides = ["--data.val", json.dumps([str(tmp_path / "plain" / "val-*.tar")])]
-    with pytest.raises(ValueError, match=r"data.val has none: most samples of .*val-00000.tar have no label"):
+    with pytest.raises(ValueError, match=r"data.val has none: most samples of .*val-00000.tar are of no use"):
         resolve_run(load_recipe(recipe, overrides), (3,))
     plan = resolve_run(load_recipe(recipe, overrides), (1,))
     assert plan.evaluation.probe_train is None

@@ -11,7 +11,13 @@ from adala.metrics import MetricLog
 from adala.report import Report, ReportRow, draw_report, print_report, read_report, write_report
 from adala.runs import RunFolder
 
-REPORT = Report([ReportRow("teacher", 91.23456, 1.0), ReportRow("stage 1", None, 0.876543)], {"teacher": "sha256:a"}, 3)
+REPORT = Report(
+    [ReportRow("teacher", 91.23456, 1.0), ReportRow("stage 1", None, 0.876543)],
+    "top1",
+    "top-1 (%)",
+    {"teacher": "sha256:a"},
+    3,
+)
 
 
 @pytest.fixture

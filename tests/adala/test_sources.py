@@ -10,6 +10,7 @@ from adala.data import write_shards
 from adala.sources import Sources
 from adala.tasks import Classification
 
+TASK = Classification(num_classes=10)
 IMAGE = Image.new("RGB", (8, 8))
 
 
@@ -30,28 +31,33 @@ def sources(tmp_path: Path) -> Sources:
 @pytest.mark.parametrize(("missing", "labelled"), [(0, True), (4, True), (5, False), (6, False), (10, False)])
 def test_a_set_is_labelled_where_more_than_half_of_it_is(sources, tmp_path: Path, missing: int, labelled: bool) -> None:
     names = write(tmp_path, [None] * missing + [1] * (10 - missing))
-    assert (sources.missing_labels(names) is None) is labelled
+    assert (sources.missing_targets(TASK, names) is None) is labelled
 
 
 def test_all_shards_must_have_labels_and_the_one_without_is_named(sources, tmp_path: Path) -> None:
     mixed, whole = write(tmp_path / "mixed", [0] * 30 + [None] * 10, 10), write(tmp_path / "whole", [1] * 9)
-    assert sources.missing_labels(whole) is None
+    assert sources.missing_targets(TASK, whole) is None
     for sets in ([mixed], [whole, mixed]):
-        assert "most samples of" in sources.missing_labels(*sets)
-        assert "mixed/train-00003.tar have no label that can be used (no file .cls" in sources.missing_labels(*sets)
-    with pytest.raises(ValueError, match=r"Stage 3 needs labels, and data.train has none: .*mixed/train-00003.tar"):
+        assert "most samples of" in sources.missing_targets(TASK, *sets)
+        assert (
+            "mixed/train-00003.tar are of no use for classification: it has no label: none"
+            in sources.missing_targets(TASK, *sets)
+        )
+    with pytest.raises(
+        ValueError, match=r"Stage 3 needs targets for classification, and data.train has none: .*mixed/train-00003.tar"
+    ):
         sources.check_targets(Classification(num_classes=2), mixed, "data.train")
 
 
 def test_text_labels_need_one_list_of_classes(sources, tmp_path: Path) -> None:
     names, others = write(tmp_path / "a", ["cat", "dog"]), write(tmp_path / "b", ["dog", "cat"])
-    assert "'cat' is a name: list the names" in sources.missing_labels(names)
+    assert "'cat' is a name: list the names" in sources.missing_targets(TASK, names)
     (tmp_path / "a/classes.txt").write_text("cat\ndog")
     (tmp_path / "b/classes.txt").write_text("dog\ncat")
     sources = Sources(tmp_path / "embedded")
-    assert sources.missing_labels(names) is None and sources.missing_labels(others) is None
-    assert "lie beside different lists of classes" in sources.missing_labels(names, others)
-    assert Sources(tmp_path, str(tmp_path / "a/classes.txt")).missing_labels(names, others) is None
+    assert sources.missing_targets(TASK, names) is None and sources.missing_targets(TASK, others) is None
+    assert "lie beside different lists of classes" in sources.missing_targets(TASK, names, others)
+    assert Sources(tmp_path, str(tmp_path / "a/classes.txt")).missing_targets(TASK, names, others) is None
 
 
 def test_64_samples_of_up_to_eight_shards_are_looked_at_once(sources, tmp_path: Path, monkeypatch) -> None:
@@ -60,7 +66,7 @@ def test_64_samples_of_up_to_eight_shards_are_looked_at_once(sources, tmp_path: 
     monkeypatch.setattr(adala.sources, "read_shard", lambda *given: reads.append(given[0].name) or read_shard(*given))
     names = write(tmp_path / "one", [0] * 64 + [7] * 6)
     assert len(sources.first_samples(names)) == 64
-    sources.check_targets(Classification(num_classes=1), names, "data.train")
+    sources.check_targets(TASK, names, "data.train")
     assert sources.index(names) is sources.index(names) and reads == ["train-00000.tar"]
     reads.clear()
     assert len(sources.first_samples(write(tmp_path / "many", [0] * 180, 10))) == 6 * 10
@@ -77,7 +83,7 @@ def test_a_label_that_the_task_cannot_have_is_told_with_its_sample(tmp_path: Pat
     names = write(tmp_path, [0, 1, 2])
     sources = Sources(tmp_path / "embedded")
     sources.check_targets(Classification(num_classes=3), names, "data.train")
-    with pytest.raises(ValueError, match=r"data.train, sample train-00000.tar/\S+: a sample has the label 2, but"):
+    with pytest.raises(ValueError, match=r"data.train: the sample train-00000.tar/\S+: it has the label 2, but"):
         sources.check_targets(Classification(num_classes=2), names, "data.train")
 
 

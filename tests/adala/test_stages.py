@@ -172,7 +172,7 @@ def test_finetuning_learns_and_counts(teacher, images) -> None:
         optimizer.step()
     assert losses["top1"].item() == 100.0
     outputs = stage.eval()(batch)
-    assert outputs["prediction"].argmax(-1).tolist() == [0, 1, 2, 1] and outputs["target"].tolist() == [0, 1, 2, 1]
+    assert outputs["decision"].argmax(-1).tolist() == [0, 1, 2, 1] and outputs["target"].tolist() == [0, 1, 2, 1]
     assert torch.equal(outputs["teacher_features"], teacher(images)) and outputs["features"].shape == (4, 17, 32)
 
 
@@ -208,7 +208,7 @@ def test_a_frozen_backbone_trains_the_head_only(teacher, images) -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({}, "Stage 3 needs labels"),
+        ({}, "classification needs labels"),
         ({"label": torch.tensor([0, 1, 2, 3])}, "has the label 3, but .* is 3"),
         ({"label": torch.tensor([0, -1, 2, 2])}, "has the label -1, but .* is 3"),
     ],

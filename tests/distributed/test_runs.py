@@ -83,7 +83,7 @@ def test_overwrite_removes_nothing_before_everything_is_checked(finished: Path) 
     run = finished.parent / "runs" / "tiny-run"
     before = contents(run)
     for mistake, sentence in (
-        (["--stage3.num_classes", "2"], "stage3.num_classes is 2"),
+        (["--stage3.task.num_classes", "2"], "stage3.task.num_classes is 2"),
         (["--data.val", '["/nowhere/val-*.tar"]'], "/nowhere/index.json"),
         (["--stage2.freeze", '["nothing*"]'], "no parameter matches"),
         (["--stage3.start_from", "/nowhere"], "/nowhere holds no exported student"),

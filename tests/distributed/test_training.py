@@ -15,7 +15,7 @@ from tiny_run import read_tiny_val, write_tiny_recipe
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
 from warm import run_until_step, train
 
-from adala import load_task_model, load_student
+from adala import load_student, load_task_model
 from adala.checkpoint import complete_checkpoints
 from adala.metrics import read_metrics
 

@@ -16,6 +16,9 @@ from adala.data.index import build_index, load_index, write_index
 from adala.data.index import main as index_main
 from adala.data.pack import write_shards
 from adala.data.samples import decode, read_shard
+from adala.tasks import Classification
+
+read_class = Classification(num_classes=1000).read_target
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]], links: dict[str, str] | None = None, mode: str = "w") -> Path:
@@ -137,7 +140,7 @@ def test_a_list_of_classes_beside_the_shards_names_text_labels(tmp_path, png):
 
     def labels(classes: str | None = None) -> list[int | None]:
         (shard,) = load_index([str(path)], classes).shards
-        return [decode(raw, labelled=True).label for raw in read_shard(shard, range(2))]
+        return [decode(raw, read_class).target for raw in read_shard(shard, range(2))]
 
     (path.parent / "classes.json").write_text('["ape", "bee"]')
     assert labels() == [1, 0]
@@ -241,7 +244,7 @@ def test_tools_read_what_we_write_and_we_read_what_they_write(tmp_path, png):
     for name in ("gnu", "wds"):
         build_index(tmp_path / name)
         (shard,) = load_index([str(tmp_path / name)]).shards
-        assert [decode(raw, labelled=True).label for raw in read_shard(shard, range(3))] == [0, 1, 2]
+        assert [decode(raw, read_class).target for raw in read_shard(shard, range(3))] == [0, 1, 2]
 
 
 def test_names_that_are_not_ascii_under_a_c_locale(tmp_path, png):

@@ -18,12 +18,14 @@ from adala.data.index import build_index, load_index
 from adala.data.loader import EvaluationLoader, TrainLoader, start_worker
 from adala.data.order import StreamState
 from adala.data.pack import write_shards
+from adala.data.preparation import View, prepare_images
 from adala.data.samples import BadDataError
-from adala.data.transforms import build_eval_transform, build_train_transform
+from adala.tasks import Classification
 
 NORMALISATION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-TRANSFORM = build_train_transform((8, 8), *NORMALISATION, augmentation="shift")
-EVAL_TRANSFORM = build_eval_transform((8, 8), *NORMALISATION)
+VIEW = View((8, 8), *NORMALISATION, (4, 4))
+IMAGES, HELD_OUT = (prepare_images(VIEW.image_transform(augmentation)) for augmentation in ("shift", None))
+LABELLED = Classification(num_classes=1000).prepare(VIEW, "shift")
 # 67 samples: 64 in global batches of 16, over ranges that begin and end inside shards.
 SIZES = (13, 7, 21, 10, 16)
 GLOBAL_BATCH_SIZE = 16
@@ -43,9 +45,8 @@ def train_loader(index):
         "micro_batch_size": 4,
         "seed": 5,
         "shuffle_buffer": 6,
-        "labelled": True,
     }
-    return functools.partial(TrainLoader, index, TRANSFORM, **defaults)
+    return functools.partial(TrainLoader, index, LABELLED, **defaults)
 
 
 # Four workers are more than some machines have cores.
@@ -236,13 +237,13 @@ def test_the_trainers_random_numbers_are_left_alone(train_loader):
 
 def test_shards_without_labels(shard_folder):
     index = load_index([f"{shard_folder(8, labels=False)}/train-*.tar"])
-    build = functools.partial(TrainLoader, index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0)
-    assert set(next(iter(build()))) == {"image", "id", "epoch"}
+    build = functools.partial(TrainLoader, index, global_batch_size=4, micro_batch_size=4, seed=0)
+    assert set(next(iter(build(IMAGES)))) == {"image", "id", "epoch"}
     for num_workers in (0, 1):
         with pytest.raises(BadDataError, match="every sample of one data worker's range is bad"):
-            next(iter(build(labelled=True, num_workers=num_workers)))
+            next(iter(build(LABELLED, num_workers=num_workers)))
     with pytest.raises(BadDataError, match=r"more than 1 samples .* it has no label"):
-        next(iter(EvaluationLoader(index, TRANSFORM, batch_size=4, labelled=True)))
+        next(iter(EvaluationLoader(index, LABELLED, batch_size=4)))
 
 
 def test_labels_that_nobody_asked_for_do_not_decide_what_a_batch_is(tmp_path):
@@ -252,9 +253,9 @@ def test_labels_that_nobody_asked_for_do_not_decide_what_a_batch_is(tmp_path):
     ]
     write_shards(samples, tmp_path, "train", samples_per_shard=16)
     index = load_index([f"{tmp_path}/train-*.tar"])
-    build = functools.partial(TrainLoader, index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0)
-    assert all(set(batch) == {"image", "id", "epoch"} for batch in take(build(), 4))
-    loader = build(labelled=True)
+    build = functools.partial(TrainLoader, index, global_batch_size=4, micro_batch_size=4, seed=0)
+    assert all(set(batch) == {"image", "id", "epoch"} for batch in take(build(IMAGES), 4))
+    loader = build(LABELLED)
     assert all(len(batch["label"]) == 4 for batch in take(loader, 4))
     assert loader.bad_samples == {"train-00000.tar": 1}
 
@@ -264,7 +265,7 @@ def test_bad_samples_are_filled_and_counted_and_resume_is_still_exact(shard_fold
     bad = (0, 3, 4, 19, 31)
     index = load_index([f"{shard_folder(16, 16, bad=bad)}/train-*.tar"])
     build = functools.partial(
-        TrainLoader, index, TRANSFORM, global_batch_size=8, micro_batch_size=4, seed=0, num_workers=num_workers
+        TrainLoader, index, IMAGES, global_batch_size=8, micro_batch_size=4, seed=0, num_workers=num_workers
     )
     loader = build(shuffle_buffer=5)
     whole = take(loader, 4)
@@ -282,7 +283,7 @@ def test_bad_samples_are_filled_and_counted_and_resume_is_still_exact(shard_fold
 def test_too_many_bad_samples_stop_the_run(shard_folder):
     index = load_index([f"{shard_folder(32, bad=tuple(range(0, 22, 2)))}/train-*.tar"])
     for num_workers in (0, 1):
-        loader = TrainLoader(index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=num_workers)
+        loader = TrainLoader(index, IMAGES, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=num_workers)
         with pytest.raises(BadDataError, match=r"more than 10 samples .*train-00000.tar"):
             take(loader, 8)
 
@@ -299,7 +300,7 @@ def test_a_shard_that_shrank_behind_its_index_is_an_error(shard_folder):
     text = (folder / "index.json").read_text()
     (folder / "index.json").write_text(text.replace('"samples": 8', '"samples": 12'))
     loader = TrainLoader(
-        load_index([f"{folder}/train-*.tar"]), TRANSFORM, global_batch_size=8, micro_batch_size=8, seed=0, num_workers=1
+        load_index([f"{folder}/train-*.tar"]), IMAGES, global_batch_size=8, micro_batch_size=8, seed=0, num_workers=1
     )
     with pytest.raises(ValueError, match=r"train-0000\d.tar gave 8 samples where its index lists 12"):
         take(loader, 3)
@@ -334,9 +335,7 @@ def test_workers_survive_the_signals_that_end_a_job(train_loader, monkeypatch, s
 
 def test_a_failing_trainer_leaves_no_workers(shard_folder):
     index = load_index([f"{shard_folder(8, labels=False)}/train-*.tar"])
-    loader = TrainLoader(
-        index, TRANSFORM, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=1, labelled=True
-    )
+    loader = TrainLoader(index, LABELLED, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=1)
     begin = time.monotonic()
     with pytest.raises(ValueError, match="every sample"):
         next(iter(loader))
@@ -345,10 +344,10 @@ def test_a_failing_trainer_leaves_no_workers(shard_folder):
 
 def test_the_interpreter_exits_with_workers_running_when_the_trainer_fails(shard_folder):
     program = f"""
-from adala.data import TrainLoader, build_train_transform, load_index
-transform = build_train_transform((8, 8), (0.5,) * 3, (0.5,) * 3, augmentation="none")
+from adala.data import TrainLoader, View, load_index, prepare_images
+images = prepare_images(View((8, 8), (0.5,) * 3, (0.5,) * 3, (4, 4)).image_transform("none"))
 index = load_index(["{shard_folder(8)}/train-*.tar"])
-batches = iter(TrainLoader(index, transform, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=2))
+batches = iter(TrainLoader(index, images, global_batch_size=4, micro_batch_size=4, seed=0, num_workers=2))
 next(batches)
 raise RuntimeError("the step failed")
 """
@@ -361,7 +360,7 @@ raise RuntimeError("the step failed")
 def test_evaluation_sees_each_sample_once_on_three_ranks(index, num_workers):
     seen, sizes = [], []
     for rank in range(3):
-        loader = EvaluationLoader(index, EVAL_TRANSFORM, batch_size=5, rank=rank, world_size=3, num_workers=num_workers)
+        loader = EvaluationLoader(index, HELD_OUT, batch_size=5, rank=rank, world_size=3, num_workers=num_workers)
         batches = list(loader)
         assert len(batches) == len(loader)
         assert sum(len(batch["id"]) < 5 for batch in batches) <= 1
@@ -374,9 +373,9 @@ def test_evaluation_sees_each_sample_once_on_three_ranks(index, num_workers):
 
 @pytest.mark.parametrize(("limit", "expected"), [(10, 10), (1000, 67)])
 def test_evaluation_of_the_first_samples_only(index, limit, expected):
-    whole = ids(EvaluationLoader(index, EVAL_TRANSFORM, batch_size=5))
+    whole = ids(EvaluationLoader(index, HELD_OUT, batch_size=5))
     loaders = [
-        EvaluationLoader(index, EVAL_TRANSFORM, batch_size=5, rank=rank, world_size=2, limit=limit) for rank in range(2)
+        EvaluationLoader(index, HELD_OUT, batch_size=5, rank=rank, world_size=2, limit=limit) for rank in range(2)
     ]
     assert [sample for loader in loaders for sample in ids(loader)] == whole[:expected]
 
@@ -384,8 +383,7 @@ def test_evaluation_of_the_first_samples_only(index, limit, expected):
 def test_evaluation_with_fewer_samples_than_ranks(shard_folder):
     index = load_index([f"{shard_folder(2)}/train-*.tar"])
     loaders = [
-        EvaluationLoader(index, EVAL_TRANSFORM, batch_size=2, rank=rank, world_size=3, num_workers=2)
-        for rank in range(3)
+        EvaluationLoader(index, HELD_OUT, batch_size=2, rank=rank, world_size=3, num_workers=2) for rank in range(3)
     ]
     assert sorted(len(ids(loader)) for loader in loaders) == sorted(map(len, loaders)) == [0, 1, 1]
 
@@ -393,11 +391,11 @@ def test_evaluation_with_fewer_samples_than_ranks(shard_folder):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_evaluation_leaves_bad_samples_out_and_counts_them(shard_folder, num_workers):
     index = load_index([f"{shard_folder(6, 6, bad=(4, 9, 10, 11))}/train-*.tar"])
-    loader = EvaluationLoader(index, EVAL_TRANSFORM, batch_size=3, num_workers=num_workers)
+    loader = EvaluationLoader(index, HELD_OUT, batch_size=3, num_workers=num_workers)
     with pytest.raises(BadDataError, match=r"more than 1 samples .*train-00001.tar/0009"):
         list(loader)
     index = load_index([f"{shard_folder(6, 6, 8, bad=(6, 7), name='few')}/train-*.tar"])
-    loader = EvaluationLoader(index, EVAL_TRANSFORM, batch_size=2, num_workers=num_workers)
+    loader = EvaluationLoader(index, HELD_OUT, batch_size=2, num_workers=num_workers)
     for _ in range(2):  # counted anew each time
         batches = list(loader)
         assert len(ids(batches)) == 18 and len(batches) == len(loader) - 1

@@ -14,12 +14,15 @@ from adala.data.index import main as index_main
 from adala.data.order import shards_in_order
 from adala.data.pack import main, write_embedded, write_image_folder, write_shards
 from adala.data.samples import decode, read_positions, read_shard
+from adala.tasks import Classification
+
+read_class = Classification(num_classes=1000).read_target
 
 
 def samples_of(folder, split):
     index = load_index([f"{folder}/{split}-*.tar"])
     sequence = shards_in_order([shard.samples for shard in index.shards])
-    return [decode(raw, labelled=True) for raw in read_positions(index, sequence, range(index.num_samples))]
+    return [decode(raw, read_class) for raw in read_positions(index, sequence, range(index.num_samples))]
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def test_shards_have_the_asked_size_and_an_index(tmp_path, numbered, monkeypatch
     monkeypatch.chdir(tmp_path)
     write_shards(numbered(7), name, "train", 3)
     assert [shard.samples for shard in load_index([f"{name}/train-*.tar"]).shards] == [3, 3, 1]
-    assert [sample.label for sample in samples_of(name, "train")] == list(range(7))
+    assert [sample.target for sample in samples_of(name, "train")] == list(range(7))
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path, numbered):
@@ -109,9 +112,9 @@ def test_an_image_folder_becomes_shards_with_sorted_classes(tmp_path, capsys, pn
     assert said.startswith("left out 3 files") and all(name in said for name in ("broken.jpg", "cut.png", "notes.txt"))
     assert json.loads((folder / "classes.json").read_text()) == ["ape", "cat", "dog"]
     samples = samples_of(folder, "val")
-    assert sorted(sample.label for sample in samples) == [0, 1, 1, 1, 2]
-    assert [sample.label for sample in samples] != sorted(sample.label for sample in samples)
-    (ape,) = [sample for sample in samples if sample.label == 0]
+    assert sorted(sample.target for sample in samples) == [0, 1, 1, 1, 2]
+    assert [sample.target for sample in samples] != sorted(sample.target for sample in samples)
+    (ape,) = [sample for sample in samples if sample.target == 0]
     with Image.open(source / "ape/f.png") as image:
         assert np.array_equal(np.asarray(ape.image), np.asarray(image))
     (source / "bee").mkdir()
@@ -145,7 +148,7 @@ def test_what_programs_leave_behind_shifts_no_label(tmp_path, png):
     assert [(path.name, reason) for path, reason in packed.left_out] == [
         ("stray.png", "it lies beside the folders of the classes")
     ]
-    assert sorted(sample.label for sample in samples_of(tmp_path / "shards", "train")) == [0, 1]
+    assert sorted(sample.target for sample in samples_of(tmp_path / "shards", "train")) == [0, 1]
 
 
 def test_a_further_split_takes_its_numbers_from_the_first(tmp_path, png):
@@ -155,7 +158,7 @@ def test_a_further_split_takes_its_numbers_from_the_first(tmp_path, png):
     write_image_folder(tmp_path / "train", tmp_path / "shards", "train")
     packed = write_image_folder(tmp_path / "val", tmp_path / "shards", "val")
     assert packed.empty_classes == ["bee"]
-    assert [sample.label for sample in samples_of(tmp_path / "shards", "val")] == [2]
+    assert [sample.target for sample in samples_of(tmp_path / "shards", "val")] == [2]
 
 
 def test_linked_folders_are_followed_once(tmp_path, png):
@@ -210,7 +213,7 @@ def test_the_embedded_slice_is_written_once(tmp_path):
     ]
     samples = samples_of(tmp_path, "val")
     images, labels = load_split("val")
-    assert [sample.label for sample in samples] == labels.tolist()
+    assert [sample.target for sample in samples] == labels.tolist()
     assert all(np.array_equal(np.asarray(s.image)[..., 1], image) for s, image in zip(samples, images, strict=True))
     written = [path.stat().st_mtime_ns for path in shards]
     write_embedded(tmp_path)

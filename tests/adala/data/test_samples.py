@@ -7,6 +7,9 @@ from PIL import Image
 
 from adala.data.index import Shard, load_index
 from adala.data.samples import BadDataError, BadSamples, DecodeError, RawSample, decode, fill_slots, read_shard, reorder
+from adala.tasks import Classification
+
+read_class = Classification(num_classes=1000).read_target
 
 SHARD = Shard("/shards/train-00000.tar", 100, 1)
 
@@ -52,8 +55,8 @@ def test_a_truncated_shard_is_named(shard_folder):
 @pytest.mark.parametrize("field, format", [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_images_of_all_kinds_become_rgb(field, format, mode):
-    sample = decode(RawSample(SHARD, "k", {field: image_bytes(mode, format), "cls": b"12"}), labelled=True)
-    assert (sample.image.mode, sample.image.size, sample.label) == ("RGB", (6, 4), 12)
+    sample = decode(RawSample(SHARD, "k", {field: image_bytes(mode, format), "cls": b"12"}), read_class)
+    assert (sample.image.mode, sample.image.size, sample.target) == ("RGB", (6, 4), 12)
     assert sample.id == "train-00000.tar/k"
 
 
@@ -69,16 +72,16 @@ def test_a_truncated_image_and_a_strange_label_are_decode_errors():
     with pytest.raises(DecodeError, match="png cannot be decoded"):
         decode(RawSample(SHARD, "k", {"png": whole[: len(whole) // 2]}))
     with pytest.raises(DecodeError, match=r"its .cls is no label: .cat. is a name: list the names"):
-        decode(RawSample(SHARD, "k", {"png": whole, "cls": b"cat"}), labelled=True)
+        decode(RawSample(SHARD, "k", {"png": whole, "cls": b"cat"}), read_class)
 
 
 def test_a_label_is_read_where_it_is_asked_for_and_missed_there_alone():
     labelled = RawSample(SHARD, "k", {**raw("k").fields, "cls": b"3"})
-    assert decode(raw("k")).label is None
-    assert decode(labelled).label is None
-    assert decode(labelled, labelled=True).label == 3
+    assert decode(raw("k")).target is None
+    assert decode(labelled).target is None
+    assert decode(labelled, read_class).target == 3
     with pytest.raises(DecodeError, match="it has no label"):
-        decode(raw("k"), labelled=True)
+        decode(raw("k"), read_class)
 
 
 def test_reordering_reads_no_further_than_needed():
