@@ -50,7 +50,7 @@ class MaskFormat:
     """How a mask's file codes the classes.
 
     Attributes:
-        encoding: ``index``: one channel of numbers, or a palette of which the indices count and not the colours, as Pascal
+        encoding: ``index``: one channel of numbers, or a palette of which the indices count, not the colours, as Pascal
             VOC has it. ``rgb``: a colour stands for a class.
         colors: With ``rgb``: the classes' colours [red, green, blue], each at the place of its class.
         unknown_colors: With ``rgb``, what a colour is that is not among them: ``error``, or ``ignore`` for a pixel of
