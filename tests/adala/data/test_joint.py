@@ -118,14 +118,15 @@ def test_beside_the_picture_nothing_is_known(augmentation: str, beside, monkeypa
 
 
 def test_scale_goes_from_half_to_double_size() -> None:
-    transform = build_train_pair_transform((40, 40), **PLAIN, augmentation="scale", ignore_index=IGNORE)
-    sides = []
-    for _, mask in draws(transform, squares(40, 40, side=5), 60):
-        known = (mask != IGNORE).any(0).sum().item()
-        # Sides of the squares after it, from how often the class changes along the known part of a row.
-        row = mask[mask.shape[0] // 2][mask[mask.shape[0] // 2] != IGNORE]
-        sides.append(known / (1 + (row.diff() != 0).sum().item()))
-    assert min(sides) < 3.5 and max(sides) > 8 and 2 <= min(sides) and max(sides) <= 10 + 3.4
+    transform = build_train_pair_transform((200, 200), **PLAIN, augmentation="scale", ignore_index=IGNORE)
+    columns = np.broadcast_to(np.arange(200, dtype=np.int32), (200, 200)).copy()
+    factors = []
+    for _, mask in draws(transform, (Image.new("RGB", (200, 200)), columns), 60):
+        known = mask[mask != IGNORE]
+        width = (mask != IGNORE).any(0).sum().item()
+        factors.append(width / (known.max() - known.min() + 1).item())
+    assert 0.5 <= min(factors) < 0.6 and 1.9 < max(factors) <= 2.0, sorted(factors)
+    assert 0.9 < np.median(factors) < 1.6
 
 
 @pytest.mark.parametrize(
