@@ -16,8 +16,9 @@ from adala.data.images import DecodeError, decoding, open_image, orientation, up
 from adala.data.index import image_field
 
 # Files that may hold a mask, in the order in which they are asked.
+MASK_EXTENSIONS = ("png", "tif", "tiff")
 MASK_FIELDS = tuple(
-    f"{name}.{extension}" for extension in ("png", "tif", "tiff") for name in ("seg", "mask", "segmentation", "label")
+    f"{name}.{extension}" for extension in MASK_EXTENSIONS for name in ("seg", "mask", "segmentation", "label")
 )
 # Pillow's names of the formats that keep every value and that Pillow gives out unscaled, or scaled so that it can be
 # undone. Among the others JPEG changes values, and PGM's are scaled to its white.
@@ -28,6 +29,7 @@ LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO = 258, 262, 0
 # What Pillow multiplies grey values of so many bits with, so that the largest is white.
 GREY_FACTORS = {2: 85, 4: 17}
+COLOUR_MODES = ("RGB", "RGBA")
 LARGEST_VALUE = 2**16 - 1
 
 ADE20K_CLASSES = 150
@@ -162,6 +164,16 @@ def decode_mask(content: bytes, form: MaskFormat) -> np.ndarray:
     return _classes_of_indices(values, form)
 
 
+def coding_of(content: bytes) -> Literal["index", "rgb"]:
+    """Which ``MaskFormat.encoding`` a file's channels make likely: colours, or numbers and palettes.
+
+    Raises:
+        DecodeError: As :func:`decode_mask`.
+    """
+    with decoding(content):
+        return "rgb" if _open(content).mode in COLOUR_MODES else "index"
+
+
 def _open(content: bytes) -> Image.Image:
     """A mask's file, its pixels not yet read.
 
@@ -239,7 +251,7 @@ def _colors(image: Image.Image, depth: int) -> np.ndarray:
     Raises:
         DecodeError: It has none, or some of its pixels are transparent.
     """
-    if image.mode not in ("RGB", "RGBA", "P"):
+    if image.mode not in (*COLOUR_MODES, "P"):
         raise DecodeError(f"it is not coded in colours (it is {image.mode}): mask.encoding: index reads it")
     if depth > 8:
         raise DecodeError(f"its colours have {depth} bits a channel: write 8")
