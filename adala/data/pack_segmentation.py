@@ -88,9 +88,9 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its mask under one name, which becomes the sample's key."""
+    """An image and its mask, and the key of the sample that they become."""
 
-    name: str
+    key: str
     image: Path
     mask: Path
 
@@ -142,7 +142,7 @@ def find_pairs(
             raise ValueError(f"{folder} is no folder: name the one of the images, and then the one of the masks")
     images_by_name = _by_name(images, image_ending, IMAGE_FIELDS, packed)
     masks_by_name = _by_name(masks, mask_ending, MASK_EXTENSIONS, packed)
-    names = sorted(images_by_name.keys() & masks_by_name.keys())
+    names = images_by_name.keys() & masks_by_name.keys()
     if not names:
         raise ValueError(
             f"no mask in {masks} belongs to an image in {images}: of {len(images_by_name)} images and "
@@ -150,7 +150,12 @@ def find_pairs(
         )
     for found, fault in ((images_by_name, "it has no mask"), (masks_by_name, "it has no image")):
         packed.left_out += [(path, fault) for name, path in sorted(found.items()) if name not in names]
-    return [Pair(name, images_by_name[name], masks_by_name[name]) for name in names]
+    # A key without its folders is easier to read, where that tells all of them apart.
+    alone = {name: name.rpartition("/")[2] for name in names}
+    keys = alone if len(set(alone.values())) == len(alone) else {name: name for name in names}
+    return [
+        Pair(keys[name].translate(KEY_ESCAPES), images_by_name[name], masks_by_name[name]) for name in sorted(names)
+    ]
 
 
 def _by_name(folder: Path, ending: str, extensions: Iterable[str], packed: PackedPairs) -> dict[str, Path]:
@@ -198,7 +203,7 @@ def read_pairs(pairs: Iterable[Pair], form: MaskFormat | None, packed: PackedPai
         packed.values |= set() if coloured else set(np.unique(values).tolist())
         extension = pair.image.suffix.lower().removeprefix(".")
         mask_extension = pair.mask.suffix.lower().removeprefix(".")
-        yield {"__key__": pair.name.translate(KEY_ESCAPES), extension: image, f"seg.{mask_extension}": mask}
+        yield {"__key__": pair.key, extension: image, f"seg.{mask_extension}": mask}
     if not packed.pairs:
         path, reason = packed.left_out[-1]
         raise ValueError(f"none of the pairs of image and mask can be read, as {path}: {reason}")
