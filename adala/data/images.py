@@ -3,6 +3,8 @@
 import functools
 import io
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -44,11 +46,21 @@ def decode_image(content: bytes) -> Image.Image:
     Raises:
         DecodeError: Damaged, cut short, no image, or of a format that is not read.
     """
+    with decoding(content):
+        return _to_rgb(upright(open_image(content)))
+
+
+def open_image(content: bytes) -> Image.Image:
+    """The first image of a file's bytes as it is stored, its pixels not yet read."""
+    # Without a format of its list Pillow tries all that it knows.
+    return Image.open(io.BytesIO(content), formats=_formats())
+
+
+@contextmanager
+def decoding(content: bytes) -> Iterator[None]:
+    """Makes a :class:`DecodeError` of whatever reading these bytes as an image raises."""
     try:
-        # Without a format of its list Pillow tries all that it knows.
-        image = Image.open(io.BytesIO(content), formats=_formats())
-        image.load()
-        return _to_rgb(_upright(image))
+        yield
     except (MemoryError, DecodeError):
         raise
     except UnidentifiedImageError as error:  # whose message names an address in memory
@@ -57,15 +69,22 @@ def decode_image(content: bytes) -> Image.Image:
         raise DecodeError(repr(error)) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; as it is where that cannot be read, as browsers show it."""
+def upright(image: Image.Image) -> Image.Image:
+    """Read and turned as its EXIF orientation says."""
+    image.load()
+    # Not Pillow's exif_transpose: it also writes all tags anew, and fails where any of them is damaged.
+    turned = orientation(image)
+    return image if turned is None else image.transpose(TURNED_BY[turned])
+
+
+def orientation(image: Image.Image) -> int | None:
+    """Its EXIF orientation where that turns it; None also where it cannot be read, as browsers show it."""
     try:
-        # Not Pillow's exif_transpose: it also writes all tags anew, and fails where any of them is damaged.
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # damaged EXIF brings nearly any exception out of its parser
         logger.debug("an image's EXIF cannot be read (%r): it is left as it is", error)
-        orientation = None
-    return image.transpose(TURNED_BY[orientation]) if orientation in TURNED_BY else image
+        return None
+    return value if value in TURNED_BY else None
 
 
 @functools.cache

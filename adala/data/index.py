@@ -284,9 +284,12 @@ def take_census(sample: str, fields: Fields, try_image: bool = True) -> Census:
     return Census(1, tried=1)
 
 
-def image_field(fields: Fields) -> str | None:
-    """Which of a sample's files is its image: one with a plain extension, so that ``seg.png`` is none."""
-    return next((name for name in IMAGE_FIELDS if name in fields), None)
+def image_field(fields: Fields, besides: str | None = None) -> str | None:
+    """Which of a sample's files is its image: one with a plain extension, so that ``seg.png`` is none.
+
+    ``besides`` is a file known to be something else, as the ``png`` beside a ``webp`` whose mask it is.
+    """
+    return next((name for name in IMAGE_FIELDS if name in fields and name != besides), None)
 
 
 def build_index(folder: str | Path) -> Path:

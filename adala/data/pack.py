@@ -1,8 +1,7 @@
-"""Writes shards: from any samples, from a folder of images by class, and the embedded Fashion-MNIST slice."""
+"""Writes shards: from any samples, from folders of images by class or with masks, and of the embedded data set."""
 
 import argparse
 import io
-import os
 import random
 import shutil
 import sys
@@ -18,6 +17,7 @@ from webdataset import ShardWriter
 
 from adala.data.addresses import local_path
 from adala.data.embedded import load_split
+from adala.data.folders import files_below, is_passed_over
 from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
 from adala.data.index import (
     CLASSES_NAMES,
@@ -29,13 +29,14 @@ from adala.data.index import (
     own_index,
     write_index,
 )
+from adala.data.masks import MaskFormat
+from adala.data.pack_segmentation import LAYOUTS, PackedPairs, Pair, find_layout, find_pairs, read_pairs
 from adala.files import write_json
 
 CLASSES_NAME = CLASSES_NAMES[0]
 EMBEDDED_SAMPLES_PER_SHARD = 2000
 EMBEDDED_SAMPLES = {"train": 16_000, "val": 4_000}
-# Left behind by macOS in archives.
-NO_CLASSES = ("__MACOSX",)
+PAIRS_PER_SHARD = 250
 
 
 def write_shards(samples: Iterable[dict[str, Any]], folder: str | Path, split: str, samples_per_shard: int) -> None:
@@ -157,7 +158,7 @@ def write_image_folder(
     source, folder = Path(local_path(str(source))), Path(local_path(str(folder)))
     if not source.is_dir():
         raise ValueError(f"{source} is no folder: name the one in which the images lie")
-    names = sorted(path.name for path in source.iterdir() if path.is_dir() and not _is_passed_over(path.name))
+    names = sorted(path.name for path in source.iterdir() if path.is_dir() and not is_passed_over(path.name))
     packed = Packed(_classes_of(folder, names))
     files = list(_images_by_class(source, names, packed))
     if not files:
@@ -167,11 +168,6 @@ def write_image_folder(
     if packed.classes is not None:
         write_json(folder / CLASSES_NAME, packed.classes)
     return packed
-
-
-def _is_passed_over(name: str) -> bool:
-    """Whether a file or folder is no part of the data: ``.ipynb_checkpoints``, macOS' ``._NAME``."""
-    return name.startswith(".") or name in NO_CLASSES
 
 
 def _classes_of(folder: Path, names: list[str]) -> list[str] | None:
@@ -192,14 +188,14 @@ def _classes_of(folder: Path, names: list[str]) -> list[str] | None:
 
 def _images_by_class(source: Path, names: list[str], packed: Packed) -> Iterator[tuple[Path, int | None]]:
     """The images and their labels; what is none is added to what is left out."""
-    for path in _files_below(source, names=()):
+    for path in files_below(source, names=()):
         if packed.classes is not None:
             packed.left_out.append((path, "it lies beside the folders of the classes"))
         elif _is_image(path, packed):
             yield path, None
     for name in names:
         label = None if packed.classes is None else packed.classes.index(name)
-        images = [path for path in _files_below(source / name) if _is_image(path, packed)]
+        images = [path for path in files_below(source / name) if _is_image(path, packed)]
         packed.empty_classes += [] if images else [name]
         yield from ((path, label) for path in images)
 
@@ -209,23 +205,6 @@ def _is_image(path: Path, packed: Packed) -> bool:
         return True
     packed.left_out.append((path, "its name is not that of an image"))
     return False
-
-
-def _files_below(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """Files in a folder and all folders below it, links followed; with ``names``, below these alone."""
-    found: list[Path] = []
-    visited: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        # A link that leads back up would be followed for ever.
-        real = os.path.realpath(parent)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        inside = folders if names is None or parent != str(folder) else names
-        folders[:] = sorted(name for name in inside if not _is_passed_over(name))
-        found += [Path(parent) / name for name in sorted(files) if not _is_passed_over(name)]
-    return found
 
 
 def _readable_samples(files: Iterable[tuple[Path, int | None]], packed: Packed) -> Iterator[dict[str, Any]]:
@@ -244,44 +223,162 @@ def _readable_samples(files: Iterable[tuple[Path, int | None]], packed: Packed) 
         raise ValueError(f"none of the images can be read, as {path}: {reason}")
 
 
+def write_segmentation_data_set(
+    name: str, source: str | Path, folder: str | Path, samples_per_shard: int = PAIRS_PER_SHARD, seed: int = 0
+) -> dict[str, PackedPairs]:
+    """Writes the train and val splits of a published data set for segmentation as shards, and ``classes.json``.
+
+    Files are copied as they are, in an order shuffled by ``seed``; a recipe's label map makes classes of the masks'
+    numbers.
+
+    Args:
+        name: ``ade20k`` or ``cityscapes``.
+        source: Its folder, laid out as it is published.
+        folder: Where the shards go.
+        samples_per_shard: Of all shards but the last.
+        seed: Of the order.
+
+    Returns:
+        What became of it, by split.
+
+    Raises:
+        ValueError: Another layout, no pair of image and mask that can be read, or other classes beside the shards.
+    """
+    layout, source, folder = LAYOUTS[name], Path(local_path(str(source))), Path(local_path(str(folder)))
+    splits = find_layout(layout, source)
+    present = [folder / known for known in CLASSES_NAMES if (folder / known).exists()]
+    if present and load_classes(str(present[0])) != layout.classes:
+        raise ValueError(f"{present[0]} lists other classes than {name} has: write to another folder")
+    results = {split: PackedPairs() for split in splits}
+    for split, (images, masks) in splits.items():
+        pairs = find_pairs(images, masks, results[split], layout.image_ending, layout.mask_ending)
+        _write_pairs(pairs, layout.form, folder, split, samples_per_shard, seed, results[split])
+    write_json(folder / CLASSES_NAME, list(layout.classes))
+    return results
+
+
+def write_pairs(
+    images: str | Path,
+    masks: str | Path,
+    folder: str | Path,
+    split: str,
+    samples_per_shard: int = PAIRS_PER_SHARD,
+    seed: int = 0,
+    mask_ending: str = "",
+) -> PackedPairs:
+    """Writes images and the masks of the same names as shards, copied as they are, in an order shuffled by ``seed``.
+
+    Args:
+        images: Folder of images, at any depth.
+        masks: Folder with each mask at the same place, of the same name up to the extension.
+        folder: Where the shards go.
+        split: Name before the shards' numbers.
+        samples_per_shard: Of all shards but the last.
+        seed: Of the order.
+        mask_ending: What the masks' names have beyond the images', before the extension.
+
+    Raises:
+        ValueError: No pair, or none that can be read.
+    """
+    packed = PackedPairs()
+    folder = Path(local_path(str(folder)))
+    pairs = find_pairs(Path(local_path(str(images))), Path(local_path(str(masks))), packed, mask_ending=mask_ending)
+    _write_pairs(pairs, None, folder, split, samples_per_shard, seed, packed)
+    return packed
+
+
+def _write_pairs(
+    pairs: list[Pair],
+    form: MaskFormat | None,
+    folder: Path,
+    split: str,
+    samples_per_shard: int,
+    seed: int,
+    packed: PackedPairs,
+) -> None:
+    random.Random(seed).shuffle(pairs)
+    write_shards(read_pairs(pairs, form, packed), folder, split, samples_per_shard)
+
+
+def _say_left_out(left_out: list[tuple[Path, str]]) -> None:
+    if left_out:
+        print(f"left out {len(left_out)} files:", file=sys.stderr)
+        for path, reason in left_out:
+            print(f"  {path}: {reason}", file=sys.stderr)
+
+
 def _say(packed: Packed) -> None:
     """What came of it, on stderr what is missing."""
-    if packed.left_out:
-        print(f"left out {len(packed.left_out)} files:", file=sys.stderr)
-        for path, reason in packed.left_out:
-            print(f"  {path}: {reason}", file=sys.stderr)
+    _say_left_out(packed.left_out)
     if packed.empty_classes:
         print(f"classes without an image: {', '.join(packed.empty_classes)}", file=sys.stderr)
     labels = f"{len(packed.classes)} classes" if packed.classes else "no labels, since there are no folders of classes"
     print(f"{packed.images} images, {labels}")
 
 
+def _say_pairs(split: str, packed: PackedPairs) -> None:
+    """What came of it, on stderr what is missing."""
+    _say_left_out(packed.left_out)
+    print(f"{split}: {packed.pairs} pairs of image and mask", end="")
+    if packed.values:
+        print(f", masks of {len(packed.values)} values from {min(packed.values)} to {max(packed.values)}", end="")
+    print(f", {packed.coloured} masks coded in colours (mask.encoding: rgb)" if packed.coloured else "")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit code is 1 after a mistake, which is one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m adala.data.pack", description="Write WebDataset shards.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    images = commands.add_parser("imagefolder", help="a folder of images, with labels by sub-folder")
-    images.add_argument("source", help="folder of images, or with a sub-folder for each class")
-    images.add_argument("folder", help="where the shards go")
-    images.add_argument("--split", default="train", help="name before the shards' numbers (train)")
-    images.add_argument("--samples-per-shard", type=int, default=1000, help="samples in each shard (1000)")
-    images.add_argument("--seed", type=int, default=0, help="of the order of the images (0)")
-    embedded = commands.add_parser("embedded", help="the embedded Fashion-MNIST slice")
-    embedded.add_argument("folder", help="where the shards go")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        if options.command == "imagefolder":
-            packed = write_image_folder(
-                options.source, options.folder, options.split, options.samples_per_shard, options.seed
-            )
-            _say(packed)
-        else:
-            write_embedded(local_path(options.folder))
+        _run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {own_index(local_path(options.folder))}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m adala.data.pack", description="Write WebDataset shards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    images = commands.add_parser("imagefolder", help="a folder of images, with labels by sub-folder")
+    images.add_argument("source", help="folder of images, or with a sub-folder for each class")
+    pairs = commands.add_parser("segmentation", help="a folder of images and one of masks, by their names")
+    pairs.add_argument("images", help="folder of images, at any depth")
+    pairs.add_argument("masks", help="folder with each mask at the same place and of the same name")
+    pairs.add_argument("--mask-ending", default="", help="what the masks' names have beyond the images', as _mask")
+    for name, layout in LAYOUTS.items():
+        data_set = commands.add_parser(name, help=f"train and val, of {layout.words}".replace("%", "%%"))
+        data_set.add_argument("source", help=layout.words)
+    embedded = commands.add_parser("embedded", help="the embedded Fashion-MNIST slice")
+    for command in commands.choices.values():
+        command.add_argument("folder", help="where the shards go")
+        if command is not embedded:
+            samples = 1000 if command is images else PAIRS_PER_SHARD
+            command.add_argument(
+                "--samples-per-shard", type=int, default=samples, help=f"samples in each shard ({samples})"
+            )
+            command.add_argument("--seed", type=int, default=0, help="of the order of the images (0)")
+    for command in (images, pairs):
+        command.add_argument("--split", default="train", help="name before the shards' numbers (train)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "embedded":
+        write_embedded(local_path(options.folder))
+        return
+    sizes = {"samples_per_shard": options.samples_per_shard, "seed": options.seed}
+    if options.command == "imagefolder":
+        _say(write_image_folder(options.source, options.folder, options.split, **sizes))
+    elif options.command == "segmentation":
+        packed = write_pairs(
+            options.images, options.masks, options.folder, options.split, mask_ending=options.mask_ending, **sizes
+        )
+        _say_pairs(options.split, packed)
+    else:
+        results = write_segmentation_data_set(options.command, options.source, options.folder, **sizes)
+        for split, packed in results.items():
+            _say_pairs(split, packed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from timm.data import create_transform
 from adala.data.transforms import build_eval_transform, build_train_transform, seeded
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-AUGMENTATIONS = ["none", "crop", "shift", "strong"]
+AUGMENTATIONS = ["none", "crop", "shift", "strong", "scale"]
 
 
 def picture(height: int, width: int) -> Image.Image:
@@ -77,7 +77,7 @@ def test_a_shift_moves_by_at_most_two_pixels():
     assert {shift[1] for shift in shifts} == {shift[2] for shift in shifts} == set(range(5))
 
 
-@pytest.mark.parametrize("augmentation", ["crop", "shift", "strong"])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:])
 def test_augmentation_is_a_function_of_seed_epoch_and_sample(augmentation):
     transform = build_train_transform((28, 28), MEAN, STD, augmentation=augmentation)
     image = picture(28, 28)
@@ -106,7 +106,7 @@ def test_the_generator_is_put_back_after_an_error():
 
 
 def test_unknown_names_and_fractions_are_refused():
-    with pytest.raises(ValueError, match="unknown augmentation 'mixup': known are none, crop, shift, strong"):
+    with pytest.raises(ValueError, match="unknown augmentation 'mixup': known are none, crop, shift, strong, scale"):
         build_train_transform((28, 28), MEAN, STD, augmentation="mixup")
     with pytest.raises(ValueError, match="crop_fraction"):
         build_eval_transform((28, 28), MEAN, STD, crop_fraction=1.2)
