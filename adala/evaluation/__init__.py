@@ -3,6 +3,7 @@
 from adala.evaluation.block_errors import BlockErrors, BlockReport, measure_block_errors
 from adala.evaluation.evaluator import Candidate, Collector, Evaluator, evaluate, evaluate_all
 from adala.evaluation.features import FeatureCollector, Features, collect_features
+from adala.evaluation.knn import knn_top1
 from adala.evaluation.linear_probe import fit_probe, linear_probe_top1
 from adala.evaluation.scoring import Score, Scorer
 
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "fit_probe",
+    "knn_top1",
     "linear_probe_top1",
     "measure_block_errors",
 ]
