@@ -4,7 +4,14 @@ from adala.evaluation.block_errors import BlockErrors, BlockReport, measure_bloc
 from adala.evaluation.evaluator import Candidate, Collector, Evaluator, evaluate, evaluate_all
 from adala.evaluation.features import FeatureCollector, Features, collect_features
 from adala.evaluation.knn import knn_top1
-from adala.evaluation.linear_probe import fit_probe, linear_probe_top1
+from adala.evaluation.linear_probe import (
+    LbfgsSettings,
+    ProbeResult,
+    SgdSettings,
+    fit_probe,
+    linear_probe_top1,
+    probe,
+)
 from adala.evaluation.scoring import Score, Scorer
 
 __all__ = [
@@ -15,8 +22,11 @@ __all__ = [
     "Evaluator",
     "FeatureCollector",
     "Features",
+    "LbfgsSettings",
+    "ProbeResult",
     "Score",
     "Scorer",
+    "SgdSettings",
     "collect_features",
     "evaluate",
     "evaluate_all",
@@ -24,4 +34,5 @@ __all__ = [
     "knn_top1",
     "linear_probe_top1",
     "measure_block_errors",
+    "probe",
 ]
