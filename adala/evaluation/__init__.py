@@ -1,6 +1,17 @@
 """How models are scored: metrics against the teacher over a data set or block by block, probes on frozen features."""
 
 from adala.evaluation.block_errors import BlockErrors, BlockReport, measure_block_errors
+from adala.evaluation.dense_probe import (
+    DenseFeatures,
+    DenseHead,
+    DenseSettings,
+    colour_table_confusion,
+    confusion_matrix,
+    dense_confusion,
+    fit_dense_probe,
+    majority_confusion,
+    mean_iou,
+)
 from adala.evaluation.evaluator import (
     Candidate,
     Collector,
@@ -11,7 +22,15 @@ from adala.evaluation.evaluator import (
     precision,
 )
 from adala.evaluation.features import FeatureCollector, Features, collect_features
-from adala.evaluation.linear_probe import fit_probe, linear_probe_top1
+from adala.evaluation.knn import knn_top1
+from adala.evaluation.linear_probe import (
+    LbfgsSettings,
+    ProbeResult,
+    SgdSettings,
+    fit_probe,
+    linear_probe_top1,
+    probe,
+)
 from adala.evaluation.scoring import Score, Scorer
 
 __all__ = [
@@ -19,17 +38,31 @@ __all__ = [
     "BlockReport",
     "Candidate",
     "Collector",
+    "DenseFeatures",
+    "DenseHead",
+    "DenseSettings",
     "Evaluator",
     "FeatureCollector",
     "Features",
+    "LbfgsSettings",
+    "ProbeResult",
     "Score",
     "Scorer",
+    "SgdSettings",
     "collect_features",
+    "colour_table_confusion",
+    "confusion_matrix",
+    "dense_confusion",
     "evaluate",
     "evaluate_all",
     "evaluate_apart",
+    "fit_dense_probe",
     "fit_probe",
+    "knn_top1",
     "linear_probe_top1",
+    "majority_confusion",
+    "mean_iou",
     "measure_block_errors",
     "precision",
+    "probe",
 ]
