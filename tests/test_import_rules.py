@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.ds_config", "adala.similarity"},
     {"adala.losses", "adala.conversion"},
     {"adala.attention", "adala.protocol"},
-    {"adala.config", "adala.failures", "adala.weights"},
+    {"adala.config", "adala.failures", "adala.weights", "adala.machine"},
     {"adala.rules", "adala.distributed", "adala.files"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
