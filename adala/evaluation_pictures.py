@@ -5,11 +5,13 @@ Shapes: n images, H and W in pixels, (h, w) the grid of patches, D embed dim, K 
 
 import colorsys
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -19,9 +21,16 @@ from adala.evaluation import BlockReport
 # Of a teacher's components, what is cut off at either end: a few outlier patches must not take all the contrast.
 QUANTILES = (0.02, 0.98)
 COLOURS = {"linearized": "#888888", "stage 1": "#d9822b", "stage 2": "#2b6cb0", "stage 3": "#3a8f5c"}
+OTHER_COLOURS = ("#c8102e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
+TRUTH = "ground truth"
 # Side of a cell of a grid of pictures, in inches.
 CELL = 2.2
+# Characters of a column's title in a line, and inches that an entry of a legend takes, across and down.
+TITLE_WIDTH, ENTRY = 30, (1.6, 0.24)
+# More classes than that are not told apart: the legend names the most frequent ones.
+MOST_ENTRIES = 24
 IGNORED = 0.62
+LUMINANCE = (0.299, 0.587, 0.114)
 # Ten hues that are told apart by most eyes, and again in another lightness; from class 20 on hues in golden steps.
 _HUES = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "bcbd22", "17becf", "3b3b98")
 
@@ -55,8 +64,8 @@ def pca_colours(patch_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, features in patch_features.items():
         if features.shape[-1] != width:
             raise ValueError(
-                f"the patch features of {name} have {features.shape[-1]} channels, the teacher's {width}: one projection "
-                "draws models of one width only"
+                f"the patch features of {name} have {features.shape[-1]} channels, the teacher's {width}: one "
+                "projection draws models of one width only"
             )
     patches = of_teacher.detach().cpu().double().reshape(-1, width)
     mean = patches.mean(0)
@@ -105,6 +114,9 @@ def mask_pictures(
 ) -> Figure:
     """Images with the true mask over them, then each model's, in one palette, with a legend of the classes there are.
 
+    Under a mask the image is grey, so that a colour is a class. Where there are very many classes, the legend names the
+    most frequent ones.
+
     Args:
         images: (n, 3, H, W) in 0..1.
         targets: (n, H, W), classes 0..K-1 or ``ignore_index``, which is hatched in grey.
@@ -118,22 +130,38 @@ def mask_pictures(
     """
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"there are {len(class_names)} names for {num_classes} classes: give one for each")
-    masks = {"truth": targets, **predicted} if "truth" not in predicted else {"target": targets, **predicted}
+    masks = {TRUTH: targets, **predicted}
     for name, mask in masks.items():
         _check_mask(name, mask, images, num_classes, ignore_index)
     palette, pixels = class_colours(num_classes), _pixels(images)
     columns = {"image": list(pixels)}
     for name, mask in masks.items():
         columns[name] = [overlay(*pair, palette, ignore_index) for pair in zip(pixels, mask.cpu().numpy(), strict=True)]
-    seen = sorted(set(torch.cat([mask.cpu().flatten() for mask in masks.values()]).unique().tolist()))
-    names = class_names or [f"class {number}" for number in range(num_classes)]
-    entries = [Patch(color=palette[number], label=names[number]) for number in seen if number != ignore_index]
-    if ignore_index in seen:
-        entries.append(Patch(facecolor=str(IGNORED), edgecolor="black", hatch="////", label="ignored"))
     figure = _grid(columns, tuple(images.shape[-2:]))
-    across = max(1, min(len(entries), 2 * len(columns)))
-    figure.legend(handles=entries, loc="outside lower center", ncols=across, frameon=False, fontsize=9)
+    names = class_names or [f"class {number}" for number in range(num_classes)]
+    _add_legend(figure, _entries(list(masks.values()), names, palette, ignore_index))
     return figure
+
+
+def _entries(masks: Sequence[Tensor], names: Sequence[str], palette: np.ndarray, ignore_index: int) -> list[Patch]:
+    """What the legend explains: in their order, the classes that cover most pixels of all masks."""
+    found, counts = torch.cat([mask.cpu().flatten() for mask in masks]).unique(return_counts=True)
+    known = found != ignore_index
+    frequent = found[known][counts[known].argsort(descending=True, stable=True)].tolist()
+    entries = [Patch(color=palette[number], label=names[number]) for number in sorted(frequent[:MOST_ENTRIES])]
+    if len(frequent) > MOST_ENTRIES:
+        entries.append(Patch(alpha=0, label=f"and {len(frequent) - MOST_ENTRIES} more"))
+    if not known.all():
+        entries.append(Patch(facecolor=str(IGNORED), edgecolor="black", hatch="////", label="ignored"))
+    return entries
+
+
+def _add_legend(figure: Figure, entries: Sequence[Artist]) -> None:
+    """Below the panels, which keep their size: the figure grows."""
+    width, height = figure.get_size_inches()
+    across = max(1, min(len(entries), int(width / ENTRY[0])))
+    figure.set_size_inches(width, height + ENTRY[1] * -(-len(entries) // across))
+    figure.legend(handles=entries, loc="outside lower center", ncols=across, frameon=False, fontsize=9)
 
 
 def _check_mask(name: str, mask: Tensor, images: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -160,11 +188,11 @@ def class_colours(num_classes: int) -> np.ndarray:
 
 
 def overlay(
-    image: np.ndarray, mask: np.ndarray, palette: np.ndarray, ignore_index: int, share: float = 0.6
+    image: np.ndarray, mask: np.ndarray, palette: np.ndarray, ignore_index: int, share: float = 0.7
 ) -> np.ndarray:
-    """An image (H, W, 3) under the colours of a mask (H, W); pixels that are ignored are grey with stripes."""
+    """A grey image of (H, W, 3) under the colours of a mask (H, W); pixels that are ignored are grey with stripes."""
     known = mask != ignore_index
-    covered = image * (1 - share)
+    covered = np.repeat((1 - share) * (image @ LUMINANCE)[..., None], 3, axis=-1)
     covered[known] += share * palette[mask[known]]
     rows, columns = np.indices(mask.shape)
     period = max(4, mask.shape[0] // 20)
@@ -180,26 +208,31 @@ def block_error_picture(reports: BlockReport | Mapping[str, BlockReport]) -> Fig
         reports: One report, or several by what they differ in (an image size), a row of panels each.
     """
     by_title = {"": reports} if isinstance(reports, BlockReport) else reports
-    figure = Figure(figsize=(11, 3.8 * len(by_title)), layout="constrained")
+    figure = Figure(figsize=(11, 3.6 * len(by_title)), layout="constrained")
     panels = figure.subplots(len(by_title), 2, squeeze=False)
+    colours = _student_colours(name for report in by_title.values() for name in report.students)
     for (title, report), (left, right) in zip(by_title.items(), panels, strict=True):
-        for number, (name, errors) in enumerate(report.students.items()):
-            style = {"marker": "o", "markersize": 4, "label": name, "color": COLOURS.get(name, f"C{number}")}
+        for name, errors in report.students.items():
+            style = {"marker": "o", "markersize": 4, "color": colours[name], "label": name}
             left.plot([found["relative_error"] for found in errors.attention], **style)
             right.plot([found["relative_error"] for found in (*errors.stream, errors.features)], **style)
         blocks = range(len(report.outliers))
         left.set_xticks(blocks)
         right.set_xticks([*blocks, len(blocks)], [*map(str, blocks), "final\nnorm"])
         told = f" ({title})" if title else ""
-        _label(left, f"where it arises: attention on the teacher's input{told}")
-        _label(right, f"what accumulates: residual stream{told}")
+        left.set_title(f"where it arises: attention on the teacher's input{told}")
+        right.set_title(f"what accumulates: residual stream{told}")
+        for axis in (left, right):
+            axis.set(xlabel="block", ylabel="relative error", ylim=(0, None))
+            axis.grid(alpha=0.3)
+    by_name = {line.get_label(): line for axis in panels.flat for line in axis.lines}
+    _add_legend(figure, list(by_name.values()))
     return figure
 
 
-def _label(axis: Axes, title: str) -> None:
-    axis.set(title=title, xlabel="block", ylabel="relative error", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend()
+def _student_colours(names: Iterable[str]) -> dict[str, str]:
+    others = itertools.cycle(OTHER_COLOURS)
+    return {name: COLOURS.get(name) or next(others) for name in dict.fromkeys(names)}
 
 
 def _check_counts(images: Tensor, found: Mapping[str, Tensor]) -> None:
@@ -223,7 +256,7 @@ def _grid(columns: Mapping[str, Sequence[np.ndarray]], size: tuple[int, int]) ->
     figure = Figure(figsize=(cell[0] * len(columns) + 0.3, cell[1] * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, pictures) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(name, fontsize=10, wrap=True)
+        column[0].set_title(textwrap.fill(name, TITLE_WIDTH), fontsize=10)
         for axis, picture in zip(column, pictures, strict=True):
             axis.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
             axis.set_axis_off()
