@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adala import distributed
+from adala.distributed import device as own_device
 
 PACKAGES = ("adala", "torch", "timm", "deepspeed")
 
@@ -27,7 +27,7 @@ def machine_description(device: torch.device | None = None) -> dict[str, Any]:
     Args:
         device: This rank's by default.
     """
-    device = device or distributed.device()
+    device = device or own_device()
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
