@@ -14,7 +14,7 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -23,6 +23,7 @@ from adala.rules import CONVERSION_KEYS, Checked, rule_of, shown
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tiny"
+Settings = TypeVar("Settings", bound=Checked)
 # Keys that recipes had once, and where what they said stands now.
 MOVED = {f"stage3.{key}": f"stage3.task.{key}" for key in ("num_classes", "pooling", "label_smoothing")}
 
@@ -239,15 +240,24 @@ def recipe_path(name: str) -> Path:
     Raises:
         ValueError: There is no such recipe; the message lists those there are.
     """
-    named, path = RECIPE_FOLDER / f"{name}.yaml", Path(os.path.expanduser(name))
+    return settings_path(name, RECIPE_FOLDER, "recipe")
+
+
+def settings_path(name: str, folder: Path, kind: str) -> Path:
+    """The YAML file that ``--KIND NAME`` means: a name in ``folder``, or a path.
+
+    Raises:
+        ValueError: There is no such file; the message lists the names there are.
+    """
+    named, path = folder / f"{name}.yaml", Path(os.path.expanduser(name))
     if "/" not in name and named.is_file():
         return named
     if path.is_file():
         return path
     if path.is_dir():
-        raise ValueError(f"--recipe {name}: it is a folder; give the .yaml file in it")
-    known = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml")))
-    raise ValueError(f"--recipe {name}: there is no such recipe; known are {known}, or give the path of a .yaml file")
+        raise ValueError(f"--{kind} {name}: it is a folder; give the .yaml file in it")
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+    raise ValueError(f"--{kind} {name}: there is no such {kind}; known are {known}, or give the path of a .yaml file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,12 +303,12 @@ def parse_command(arguments: Sequence[str]) -> Command:
     parser = build_parser()
     try:
         path = recipe_path(_recipe_argument(arguments))
-        defaults = _read_recipe(parser, path)
+        defaults = read_settings(parser, path, Recipe, "recipe")
         _refuse_moved(_keys_given(arguments))
         parsed = parser.parse_args(list(arguments), namespace=defaults)
     except (ArgumentError, OverflowError) as error:
-        raise ValueError(f"command line: {_explained(error)}") from error
-    recipe = _build_recipe(_typed_below(parsed.as_dict(), _keys_given(arguments)))
+        raise ValueError(f"command line: {explained(error, Recipe)}") from error
+    recipe = build_settings(Recipe, _typed_below(parsed.as_dict(), _keys_given(arguments)))
     asked = [key for key in _keys_given(arguments) if key in CONVERSION_KEYS and key not in recipe.over_conversion]
     recipe = dataclasses.replace(recipe, over_conversion=[*recipe.over_conversion, *asked])
     stages = (1, 2, 3) if parsed.stage == "all" else (int(parsed.stage),)
@@ -314,19 +324,23 @@ def _typed_below(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
         for part in path:
             below = below.get(part) if isinstance(below, dict) else None
         if len(path) > 2 and isinstance(below, dict) and isinstance(below.get(last), str):
-            below[last] = yaml.load(below[last], _RecipeLoader)
+            below[last] = yaml.load(below[last], _SettingsLoader)
     return values
 
 
-def _build_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe of nested ``values``, as the parser leaves them."""
+def build_settings(built: type[Settings], values: dict[str, Any]) -> Settings:
+    """The dataclass ``built`` of nested ``values``, as the parser leaves them.
+
+    Raises:
+        ValueError: A value that its key cannot have; the message begins with the dotted key.
+    """
     given = {}
-    for field in dataclasses.fields(Recipe):
+    for field in dataclasses.fields(built):
         given[field.name] = values[field.name]
         if dataclasses.is_dataclass(field.type):
             with _below(field.name):
                 given[field.name] = field.type(**values[field.name])
-    return Recipe(**given)
+    return built(**given)
 
 
 def load_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Recipe:
@@ -357,7 +371,7 @@ def _recipe_argument(arguments: Sequence[str]) -> str:
     return early.parse_known_args(list(arguments))[0].recipe
 
 
-class _RecipeLoader(yaml.SafeLoader):
+class _SettingsLoader(yaml.SafeLoader):
     """YAML in which a key stands once, ``1e-3`` is a number, a date is text, and text names files as UTF-8."""
 
     def construct_name(self, node: yaml.ScalarNode) -> str:
@@ -374,38 +388,46 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_RecipeLoader.add_constructor("tag:yaml.org,2002:str", _RecipeLoader.construct_name)
-_RecipeLoader.yaml_implicit_resolvers = {
+_SettingsLoader.add_constructor("tag:yaml.org,2002:str", _SettingsLoader.construct_name)
+_SettingsLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_RecipeLoader.add_implicit_resolver(
+_SettingsLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
 )
 
 
-def _read_recipe(parser: ArgumentParser, path: Path) -> Any:
-    """A recipe file's values over the defaults, as the parser's namespace.
+def read_settings(parser: ArgumentParser, path: Path, built: type[Checked], kind: str) -> Any:
+    """A YAML file's values over the defaults, as the parser's namespace.
+
+    Args:
+        parser: Of the fields of ``built``.
+        path: The file.
+        built: The dataclass whose fields, and sections of fields, are the file's keys.
+        kind: What the file is ("recipe"), for messages.
 
     Raises:
         ValueError: The file cannot be read, is no mapping, or has a key or a value that it cannot have.
     """
+    sections = [field.name for field in dataclasses.fields(built) if dataclasses.is_dataclass(field.type)]
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _SettingsLoader)
         if not isinstance(values, dict):
             what = "it is empty" if values is None else f"it holds {shown(values)}"
-            raise ValueError(f"{what}: it must be a mapping of keys such as run_name and stage1")
-        for field in dataclasses.fields(Recipe):
-            if field.name in values and dataclasses.is_dataclass(field.type):
-                _check_section(field.name, values)
+            first = dataclasses.fields(built)[0].name
+            raise ValueError(f"{what}: it must be a mapping of keys such as {first} and {sections[0]}")
+        for name in sections:
+            if name in values:
+                _check_section(name, values)
         _refuse_moved(_dotted_keys(values))
         return parser.parse_object(values)
     except UnicodeDecodeError as error:
-        raise ValueError(f"recipe {path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"{kind} {path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
-        raise ValueError(f"recipe {path}: it cannot be read ({error.strerror})") from error
+        raise ValueError(f"{kind} {path}: it cannot be read ({error.strerror})") from error
     except (ArgumentError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"recipe {path}: {_explained(error)}") from error
+        raise ValueError(f"{kind} {path}: {explained(error, built)}") from error
 
 
 def _dotted_keys(values: dict) -> Iterator[str]:
@@ -423,11 +445,11 @@ def _check_section(name: str, values: dict) -> None:
             raise ValueError(f"{name}.{key} stands here twice, below {name} and by itself")
 
 
-def _explained(error: Exception) -> str:
-    """A parser's error in one sentence, which says what the key's value must be."""
+def explained(error: Exception, built: type[Checked]) -> str:
+    """A parser's error about a key of ``built`` in one sentence, which says what the key's value must be."""
     text = " ".join(str(error).split())
     refused = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got value|Given value): ?(.*)', text)
-    field = _field_of(refused[1]) if refused else None
+    field = _field_of(refused[1], built) if refused else None
     if field is not None:
         return f"{refused[1]} is {refused[2] or 'empty'}: it must be {rule_of(field).words}"
     if re.match(r"unrecognized arguments: (?!-)", text):
@@ -435,9 +457,9 @@ def _explained(error: Exception) -> str:
     return text
 
 
-def _field_of(key: str) -> dataclasses.Field | None:
-    """The field that a dotted key names."""
-    section, fields = Recipe, {}
+def _field_of(key: str, built: type[Checked]) -> dataclasses.Field | None:
+    """The field of ``built`` that a dotted key names."""
+    section, fields = built, {}
     for part in key.split("."):
         fields = {field.name: field for field in dataclasses.fields(section)} if section else {}
         section = fields[part].type if part in fields and dataclasses.is_dataclass(fields[part].type) else None

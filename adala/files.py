@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file under another name and renames it, so that no reader ever finds half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file under another name and renames it, so that no reader ever finds half of it; text as UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

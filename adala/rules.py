@@ -13,6 +13,8 @@ from typing import Any, Literal
 EMBEDDED_FOLDER = "embedded-fashion-mnist"
 # What a conversion may state about a stage in place of the recipe.
 CONVERSION_KEYS = tuple(f"stage{number}.{key}" for number in (1, 2, 3) for key in ("loss", "lr", "weight_decay"))
+# What an evaluation may measure, in the order of a report.
+MEASURES = ("features", "blocks", "knn", "probe", "head", "segmentation", "speed")
 # More samples or steps than anybody has; what is above it is a slip of the keyboard.
 LARGEST = 2**31 - 1
 
@@ -83,6 +85,12 @@ SHARDS = Rule(
 PATH = Rule("a path (one that begins with ~ needs a home folder of that name)", _is_path)
 RATE = _number("a number above 0, 10 at most", lambda value: 0 < value <= 10)
 
+
+def _list_of(words: str, rule: Rule) -> Rule:
+    """A list that is not empty, of different values."""
+    return Rule(words, lambda v: _is_list(v) and len(v) > 0 and all(map(rule.holds, v)) and len(set(v)) == len(v))
+
+
 # By the name of a field, which means the same in every section. Fields without a line here are checked by their type.
 RULES: dict[str, Rule] = {
     "run_name": Rule(
@@ -144,6 +152,24 @@ RULES: dict[str, Rule] = {
     "monitor_samples": _whole(1),
     "probe_samples": _whole(1),
     "probe_l2": _number("a finite number, 0 or more", lambda value: value >= 0),
+    "measures": _list_of(
+        f"one or more of {', '.join(MEASURES)}, each of them once",
+        Rule("", lambda v: isinstance(v, str) and v in MEASURES),
+    ),
+    "k": _list_of("a list of whole numbers, 1 or more, each of them once", _whole(1)),
+    "temperature": _number("a number above 0, 100 at most", lambda value: 0 < value <= 100),
+    "rates": _list_of("a list of numbers above 0, 10 at most, each of them once", RATE),
+    "epochs": _whole(1),
+    "momentum": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "l2": _number("a finite number, 0 or more", lambda value: value >= 0),
+    "selection_fraction": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "train_samples": _whole(1),
+    "overlap": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "fit_resolution": _whole(1, 16384),
+    "colour_bins": _whole(2, 64),
+    "rounds": _whole(1),
+    "warmup": _whole(0),
+    "images": _whole(1),
 }
 
 

@@ -15,22 +15,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 
 from adala.build import build_evaluation_loader, build_teacher, unaligned_student
 from adala.config import Recipe, parse_command
 from adala.distributed import device
 from adala.evaluation import BlockReport, measure_block_errors
+from adala.evaluation_pictures import as_png, block_error_picture
 from adala.export import has_student, load_student, read_description
 from adala.failures import report_error
+from adala.files import write_whole
 from adala.plan import resolve_run, run_folder
 
 LINEARIZED = "linearized"
 RESAMPLED = "teacher, resampled"
 # Images whose activations of all blocks are held at a time.
 BATCH_SIZE = 16
-COLOURS = {LINEARIZED: "#888888", "stage 1": "#d9822b", "stage 2": "#2b6cb0", "stage 3": "#3a8f5c"}
 
 Size = tuple[int, int]
 
@@ -99,24 +99,11 @@ def print_tables(reports: Mapping[Size, BlockReport]) -> None:
 
 def draw(reports: Mapping[Size, BlockReport], path: Path) -> None:
     """Draws two panels for each size: errors of single attentions, and of the residual stream up to the features."""
-    figure = Figure(figsize=(11, 3.8 * len(reports)), layout="constrained")
-    panels = figure.subplots(len(reports), 2, squeeze=False)
-    for ((height, width), report), (left, right) in zip(reports.items(), panels, strict=True):
-        for name, errors in report.students.items():
-            if name != RESAMPLED:
-                style = {"marker": "o", "markersize": 4, "label": name, "color": COLOURS.get(name)}
-                left.plot([found["relative_error"] for found in errors.attention], **style)
-                right.plot([found["relative_error"] for found in (*errors.stream, errors.features)], **style)
-        blocks = range(len(report.outliers))
-        left.set_xticks(blocks)
-        right.set_xticks([*blocks, len(blocks)], [*map(str, blocks), "final\nnorm"])
-        left.set_title(f"where it arises: attention on the teacher's input ({height} x {width} px)")
-        right.set_title(f"what accumulates: residual stream ({height} x {width} px)")
-        for axis in (left, right):
-            axis.set(xlabel="block", ylabel="relative error", ylim=(0, None))
-            axis.grid(alpha=0.3)
-            axis.legend()
-    figure.savefig(path, dpi=110)
+    drawn = {}
+    for (height, width), report in reports.items():
+        students = {name: errors for name, errors in report.students.items() if name != RESAMPLED}
+        drawn[f"{height} x {width} px"] = dataclasses.replace(report, students=students)
+    write_whole(path, as_png(block_error_picture(drawn)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

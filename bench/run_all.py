@@ -22,9 +22,11 @@ from cost import measure_cost
 from measure import measure_costs, measure_memories, say, time_size, train_size
 from report import write_report
 from results import AccuracyRow, Results, Row, read_results
-from settings import ImageSize, Settings, build_settings, conditions, load_average
+from settings import ImageSize, Settings, build_settings, conditions
 from sweep import run_sweep
 from timing import SDPA_BACKENDS, switch_off_tf32
+
+from adala.machine import load_average
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,23 +1,18 @@
 """What a bench run was asked for and under which conditions, with everything that depends on the device filled in."""
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import cases
 import timing
-import timm
 import torch
 from allocator import keep_freed_memory, use_huge_pages
 from timm.models.vision_transformer import VisionTransformer
+
+from adala.machine import machine_description
 
 ImageSize = tuple[int, int]  # height and width in pixels
 
@@ -127,19 +122,7 @@ def conditions(settings: Settings) -> dict[str, Any]:
     """What the numbers are measured under: ``machine`` of the schema. On a CPU the allocator is set here."""
     on_gpu, network = settings.device.type == "cuda", settings.network
     return {
-        "device": torch.cuda.get_device_name(settings.device) if on_gpu else _cpu_name(),
-        "device_type": settings.device.type,
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": load_average(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        **machine_description(settings.device),
         "driver": timing.nvml(settings.device, "nvmlSystemGetDriverVersion"),
         **{name: getattr(network, name) for name in ("backbone", "model_args", "dtype", "batch")},
         "patch_size": list(settings.patch_size),
@@ -152,23 +135,3 @@ def conditions(settings: Settings) -> dict[str, Any]:
         "freed_memory_kept": not on_gpu and keep_freed_memory(),
         "huge_pages": not on_gpu and use_huge_pages(),
     }
-
-
-def load_average() -> float | None:
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _cpu_name() -> str:
-    described = Path("/proc/cpuinfo")
-    text = described.read_text(encoding="utf-8") if described.exists() else ""
-    named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
-    return named[1].strip() if named else (not text and platform.processor()) or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the project, with ``+`` where its files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
