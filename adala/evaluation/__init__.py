@@ -13,6 +13,7 @@ from adala.evaluation.dense_probe import (
     mean_iou,
 )
 from adala.evaluation.evaluator import Candidate, Collector, Evaluator, evaluate, evaluate_all
+from adala.evaluation.feature_store import FeatureStore, Field, RowWriter, StoredRows
 from adala.evaluation.features import FeatureCollector, Features, collect_features
 from adala.evaluation.knn import knn_top1
 from adala.evaluation.linear_probe import (
@@ -35,12 +36,16 @@ __all__ = [
     "DenseSettings",
     "Evaluator",
     "FeatureCollector",
+    "FeatureStore",
     "Features",
+    "Field",
     "LbfgsSettings",
     "ProbeResult",
+    "RowWriter",
     "Score",
     "Scorer",
     "SgdSettings",
+    "StoredRows",
     "collect_features",
     "colour_table_confusion",
     "confusion_matrix",
