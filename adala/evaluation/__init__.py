@@ -21,6 +21,7 @@ from adala.evaluation.evaluator import (
     evaluate_apart,
     precision,
 )
+from adala.evaluation.feature_store import FeatureStore, Field, RowWriter, StoredRows
 from adala.evaluation.features import FeatureCollector, Features, collect_features
 from adala.evaluation.knn import knn_top1
 from adala.evaluation.linear_probe import (
@@ -43,12 +44,16 @@ __all__ = [
     "DenseSettings",
     "Evaluator",
     "FeatureCollector",
+    "FeatureStore",
     "Features",
+    "Field",
     "LbfgsSettings",
     "ProbeResult",
+    "RowWriter",
     "Score",
     "Scorer",
     "SgdSettings",
+    "StoredRows",
     "collect_features",
     "colour_table_confusion",
     "confusion_matrix",

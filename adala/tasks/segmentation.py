@@ -107,7 +107,7 @@ class Segmentation(Task):
 
     def read_target(self, fields: Fields, classes: Classes | None, image_size: tuple[int, int]) -> np.ndarray:
         """The mask, (H, W)."""
-        mask = read_mask(fields, self.mask_format, self.mask_field, image_size)
+        mask = read_mask(fields, self.mask_format, self.mask_field)
         check_mask(mask, self.num_classes, self.mask_format.ignore_index)
         return mask
 
@@ -118,7 +118,7 @@ class Segmentation(Task):
         """``image`` (3, H, W) and ``mask`` (H, W), cut alike."""
         shape = (view.image_size, view.mean, view.std)
         if augmentation is None:
-            pair = build_eval_pair_transform(*shape, view="crop", patch_size=view.patch_size)
+            pair = build_eval_pair_transform(*shape, view="crop", patch_size=max(view.patch_size))
         else:
             ignore_index = self.mask_format.ignore_index
             pair = build_train_pair_transform(*shape, augmentation=augmentation, ignore_index=ignore_index)
@@ -128,12 +128,13 @@ class Segmentation(Task):
         if self.inference == "crop":
             return None
         shape = (view.image_size, view.mean, view.std)
-        return self._preparation(build_eval_pair_transform(*shape, view="whole", patch_size=view.patch_size))
+        return self._preparation(build_eval_pair_transform(*shape, view="whole", patch_size=max(view.patch_size)))
 
     def _preparation(self, pair: Callable[[Image.Image, np.ndarray], tuple[Tensor, Tensor]]) -> Preparation:
-        return Preparation(
-            lambda image, mask: dict(zip(("image", "mask"), pair(image, mask), strict=True)), self.read_target
-        )
+        def tensors(image: Image.Image, mask: np.ndarray) -> dict[str, Tensor]:
+            return dict(zip(("image", "mask"), pair(image, mask), strict=True))
+
+        return Preparation(tensors, self.read_target)
 
     def build_head(self, student: VisionTransformer) -> nn.Module:
         return build_segmentation_head(self.head, student, self.num_classes, self.head_options)
