@@ -32,7 +32,10 @@ __all__ = [
     "write_document",
 ]
 
-SPEED, MEMORY = "images_per_s", "peak_memory_mib"
+SPEED, MEMORY, SPEEDUP = "images_per_s", "peak_memory_mib", "speed_ratio"
+# How fast a model was in its slow and its fast fifth of rounds.
+SPREAD = {"images_per_s_p20": "p20", "images_per_s_p80": "p80"}
+OF_SPEED = (SPEED, *SPREAD, SPEEDUP, MEMORY)
 # By the last word of a measure's name. Of scores in percent a share of the teacher's is kept; others (the error of a
 # depth, say) stand in the table as they are.
 PERCENT = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "accuracy": "accuracy", "map": "mAP", "f1": "F1"}
@@ -70,8 +73,9 @@ class ModelRow:
         origin: Where it is from: a folder and the digest of its weights, or how a baseline was fitted.
         mechanism: Of its attention; None for a baseline without a model (majority class, colour table).
         measures: By flat name, whose last word says what it is: ``knn20_top1``, ``probe_top1``, ``miou`` (scores, in
-            percent), ``feature_cosine``, ``relative_error``, ``images_per_s``, ``peak_memory_mib``. None where there is
-            no number; one that is not finite becomes None, with a note.
+            percent), ``feature_cosine``, ``relative_error``, ``images_per_s`` (with ``_p20`` and ``_p80``),
+            ``peak_memory_mib``, and ``speed_ratio``, how many times as fast as the teacher it was in the same round.
+            None where there is no number; one that is not finite becomes None, with a note.
         notes: Sentences about this row.
     """
 
@@ -158,14 +162,17 @@ class Table:
 def kept(document: EvaluationDocument) -> dict[str, dict[str, float | None]]:
     """By model, each score as a ratio to the teacher's, and the ratios of speed and memory beside them.
 
-    Ratios are fractions of 1; None where the model or the teacher has no number, or the teacher's is 0.
+    Ratios are fractions of 1; None where the model or the teacher has no number, or the teacher's is 0. That of speed
+    is ``speed_ratio`` where it was measured, since a machine that slows down in between has no part in it.
     """
     teacher = next((row.measures for row in document.models if row.name == document.teacher), {})
     names = [name for name in _names(document) if _last_word(name) in PERCENT]
-    return {
-        row.name: {name: _ratio(row.measures.get(name), teacher.get(name)) for name in (*names, SPEED, MEMORY)}
-        for row in document.models
-    }
+    found = {}
+    for row in document.models:
+        found[row.name] = {name: _ratio(row.measures.get(name), teacher.get(name)) for name in (*names, SPEED, MEMORY)}
+        if teacher and row.measures.get(SPEEDUP) is not None:
+            found[row.name][SPEED] = row.measures[SPEEDUP]
+    return found
 
 
 def _ratio(ours: float | None, theirs: float | None) -> float | None:
@@ -191,11 +198,12 @@ def tables(document: EvaluationDocument) -> list[Table]:
     """Scores, what is kept of the teacher's, closeness of features, speed; without what has no number in them."""
     size = document.data.get("image_size")
     at_size = f" at {size[0]} x {size[1]} px" if isinstance(size, list | tuple) and len(size) == 2 else ""
-    names = [name for name in _names(document) if name not in (SPEED, MEMORY)]
+    names = [name for name in _names(document) if name not in OF_SPEED]
     scores = [name for name in names if not name.endswith(CLOSENESS)]
     close = [name for name in names if name.endswith(CLOSENESS)]
     faster, leaner = (_ratios(document, name, "{:.2f} x") for name in (SPEED, MEMORY))
-    speed = {"images/s": _measured(document, SPEED, "{:,.1f}"), "to the teacher's": faster}
+    speed = {label: _measured(document, name, "{:,.1f}") for name, label in {SPEED: "images/s", **SPREAD}.items()}
+    speed |= {"to the teacher's": faster}
     memory = {"peak MiB": _measured(document, MEMORY, "{:,.0f}"), "MiB to the teacher's": leaner}
     shares = {
         _heading(name): _ratios(document, name, "{:.1f} %", 100) for name in scores if _last_word(name) in PERCENT

@@ -27,7 +27,6 @@ _READ_WITH = {
         ),
         "l2": ("solver", "lbfgs"),
     },
-    "segmentation": {"momentum": ("optimizer", "sgd"), "overlap": ("view", "sliding")},
 }
 
 
@@ -73,53 +72,39 @@ class ProbeConfig(Checked):
     pooling: Literal["cls", "patch", "cls_patch"] = "cls_patch"
     """Which features: the class token, the mean patch token, or both side by side."""
     selection_fraction: float = 0.1
-    """Share of the training samples that is held back to choose among rates; 0 with a single rate or L-BFGS."""
+    """Share of the training samples that is held back to choose among rates; not read with a single rate."""
     train_samples: int | None = None
     """Training samples (the first ones, in shard order); null takes all."""
     seed: int = 0
-    """Seed of initialisation, sample order and the share that is held back."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_selection(self, searches=self.solver == "sgd" and len(self.rates) > 1)
+    """Seed of the order of samples and of the share that is held back."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationConfig(Checked):
-    """A frozen linear head for masks: batch norm and a 1x1 convolution on each patch token beside a global one."""
+    """A frozen linear head for masks: batch norm and a 1x1 convolution on each patch token beside a global one, by
+    AdamW under a cosine to 0."""
 
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    """What trains the head; its rate falls to 0 by a cosine."""
     rates: list[float] = dataclasses.field(default_factory=lambda: [1e-3])
-    """Peak learning rates, one head each, as they are."""
+    """Peak learning rates, one head each, whatever the batch."""
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 16
     """Images per step."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
     weight_decay: float = 1e-4
-    """Weight decay, decoupled under AdamW."""
-    selection_fraction: float = 0.0
-    """Share of the training images that is held back to choose among rates; 0 with a single rate."""
+    """Decoupled weight decay."""
+    selection_fraction: float = 0.1
+    """Share of the training images that is held back to choose among rates; not read with a single rate."""
     train_samples: int | None = None
     """Training images (the first ones, in shard order); null takes all."""
-    view: Literal["whole", "sliding"] = "whole"
-    """How an image is seen in scoring: ``whole``, resized to the evaluation size, or in ``sliding`` windows of that
-    size, whose predictions are averaged where they overlap."""
-    overlap: float = 1 / 3
-    """Share of a sliding window's side that the next one covers again."""
-    fit_resolution: int | None = None
-    """Longer side in pixels of logits and masks while the head is fitted; null takes that of the masks. Scores are
-    always taken at the masks' own size."""
+    view: Literal["crop", "resize", "whole"] = "resize"
+    """What of an image and its mask is seen: ``crop`` cut from the middle and ``resize`` squashed, both to the
+    evaluation size, or ``whole``, at its own shape and scored on the mask as it is."""
+    fit_scale: int = 4
+    """The loss compares at most so many pixels a patch along each side. Scores are always taken at the masks' size."""
     colour_bins: int = 16
     """Bins for each of red, green and blue of the colour table that stands in the results as a baseline."""
     seed: int = 0
-    """Seed of initialisation, sample order and the share that is held back."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_selection(self, searches=len(self.rates) > 1)
+    """Seed of the order of images and of the share that is held back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +116,7 @@ class SpeedConfig(Checked):
     rounds: int = 20
     """Timed rounds; all models take turns in each, and the median counts."""
     warmup: int = 3
-    """Rounds before them that do not count."""
+    """Forward passes of each model before the first round."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +143,6 @@ class Protocol(Checked):
     """Frozen linear head for masks."""
     speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
     """Speed and memory."""
-
-
-def _check_selection(section: ProbeConfig | SegmentationConfig, searches: bool) -> None:
-    if searches and section.selection_fraction == 0:
-        raise ValueError(
-            f"selection_fraction is 0: it must be above 0 where rates has more than one, of which "
-            f"{len(section.rates)} are given; held-out data must not choose among them"
-        )
 
 
 @functools.cache

@@ -148,6 +148,19 @@ def test_a_share_stands_beside_an_unknown_speed_as_a_dash() -> None:
     assert shares.columns["images/s"] == ["-", "-"]
 
 
+def test_the_ratio_of_the_same_rounds_goes_before_the_quotient_of_medians() -> None:
+    measures = {"miou": 40.0, "images_per_s": 10.0, "images_per_s_p20": 9.0, "images_per_s_p80": 11.0}
+    rows = [
+        ModelRow("teacher", "", "softmax", {**measures, "speed_ratio": 1.0}),
+        ModelRow("student", "", "linear", {**measures, "images_per_s": 18.0, "speed_ratio": 2.0}),
+    ]
+    scores, shares, speed = tables(document(models=rows))
+    assert list(scores.columns) == ["model", "mechanism", "mIoU"]
+    assert shares.columns["images/s"] == speed.columns["to the teacher's"] == ["1.00 x", "2.00 x"]
+    assert (speed.columns["images/s"], speed.columns["p20"]) == (["10.0", "18.0"], ["9.0", "9.0"])
+    assert kept(document(models=rows))["student"]["images_per_s"] == 2.0
+
+
 def test_a_measure_of_somebody_elses_task_is_shown_and_not_divided() -> None:
     rows = [ModelRow("teacher", "", "softmax", {"depth_rmse": 0.25}), ModelRow("b", "", "linear", {"depth_rmse": 0.5})]
     (scores,) = tables(document(models=rows))

@@ -41,9 +41,8 @@ def test_dinov2s_numbers() -> None:
     steps_of_imagenet = protocol.probe.epochs * 1_281_167 / protocol.probe.batch_size
     assert steps_of_imagenet == pytest.approx(12_500, rel=2e-3)
     masks = protocol.segmentation
-    assert (masks.optimizer, masks.rates, masks.weight_decay) == ("adamw", [1e-3], 1e-4)
+    assert (masks.rates, masks.batch_size, masks.weight_decay) == ([1e-3], 16, 1e-4)
     assert masks.epochs * 20_210 / masks.batch_size == pytest.approx(40_000, rel=2e-2)
-    assert round(512 * (1 - masks.overlap)) == 341
 
 
 def test_overrides_win_over_the_file_and_are_told(tmp_path: Path) -> None:
@@ -69,10 +68,8 @@ def test_a_description_has_what_is_read_and_nothing_else() -> None:
     whole = describe(load_protocol("tiny"))
     assert json.loads(json.dumps(whole)) == whole
     assert set(whole["probe"]) == {"solver", "l2", "pooling", "train_samples", "seed"}
-    assert "momentum" not in whole["segmentation"] and "overlap" not in whole["segmentation"]
-    by_sgd = describe(load_protocol("dinov2_linear", ["--segmentation.optimizer", "sgd"]))
+    by_sgd = describe(load_protocol("dinov2_linear"))
     assert "l2" not in by_sgd["probe"] and len(by_sgd["probe"]["rates"]) == 13
-    assert by_sgd["segmentation"]["momentum"] == 0.9 and by_sgd["segmentation"]["overlap"] == pytest.approx(1 / 3, 1e-2)
     part = describe(load_protocol("tiny", ["--measures", "[features, speed]"]))
     sections = [name for name, value in part.items() if isinstance(value, dict)]
     assert sections == ["speed"] and part["speed"]["rounds"] == 5
@@ -102,22 +99,19 @@ REFUSED = {
         "weight_decay": [-1],
         "l2": [-1e-9, NAN],
         "pooling": [None],
-        "selection_fraction": [-0.1, 1.0],
+        "selection_fraction": [0, 0.0, 1.0],
         "train_samples": [0, 2.5],
         "seed": [-1],
     },
     SegmentationConfig: {
-        "optimizer": ["lbfgs"],
         "rates": [[]],
         "epochs": [0],
         "batch_size": [-1],
-        "momentum": [1],
         "weight_decay": [-1],
         "selection_fraction": [1],
         "train_samples": [0],
-        "view": ["slide"],
-        "overlap": [1, -0.5, NAN],
-        "fit_resolution": [0, [56, 56]],
+        "view": ["sliding"],
+        "fit_scale": [0, 2.0, 65],
         "colour_bins": [1, 65],
         "seed": [0.5],
     },
@@ -137,16 +131,6 @@ def test_every_key_has_values_that_it_refuses() -> None:
     sections = {"knn", "blocks", "probe", "segmentation", "speed"}
     for built, keys in REFUSED.items():
         assert {field.name for field in dataclasses.fields(built)} - set(keys) <= sections, built
-
-
-def test_rates_are_not_chosen_on_the_data_that_are_reported() -> None:
-    with pytest.raises(ValueError, match="selection_fraction is 0: it must be above 0 where rates has more than one"):
-        ProbeConfig(solver="sgd", rates=[0.1, 0.2], selection_fraction=0)
-    with pytest.raises(ValueError, match=r"segmentation\.selection_fraction is 0"):
-        load_protocol("tiny", ["--segmentation.rates", "[0.1, 0.2]"])
-    # L-BFGS has no rate, and of one there is nothing to choose.
-    ProbeConfig(solver="lbfgs", rates=[0.1, 0.2], selection_fraction=0)
-    ProbeConfig(solver="sgd", rates=[0.1], selection_fraction=0)
 
 
 @pytest.mark.parametrize(
