@@ -16,11 +16,11 @@ from adala.conversion import LoraSpec
 from adala.data import EvaluationLoader, Preparation, ShardIndex, StreamState, TrainLoader, View, prepare_images
 from adala.distributed import device, from_rank_0, rank, say, world_size
 from adala.engine import Engine, check_ds_config
-from adala.evaluation import Features, Scorer, collect_features, fit_probe
+from adala.evaluation import Features, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
 from adala.files import file_digest
 from adala.optim import build_optimizer, freeze_except, freeze_matching
-from adala.plan import DataPlan, EvaluationPlan, ModelPlan, RunPlan, StagePlan, TeacherPlan
+from adala.plan import DataPlan, ModelPlan, RunPlan, StagePlan, TeacherPlan
 from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import LinearizedVisionTransformer, linearize
@@ -240,6 +240,7 @@ def build_evaluation_loader(
     limit: int | None = None,
     task: Task | None = None,
     preparation: Preparation | None = None,
+    alone: bool = False,
 ) -> EvaluationLoader:
     """This rank's part of a data set, each sample once over all ranks.
 
@@ -249,13 +250,14 @@ def build_evaluation_loader(
         limit: Takes the first so many samples only.
         task: Whose targets are wanted.
         preparation: Of samples that come one by one, in place of the task's for samples of one size.
+        alone: Gives this rank all of it.
     """
     return EvaluationLoader(
         index,
         preparation or preparation_of(task, data.view),
         batch_size=1 if preparation else data.evaluation_batch_size,
-        rank=rank(),
-        world_size=world_size(),
+        rank=0 if alone else rank(),
+        world_size=1 if alone else world_size(),
         num_workers=data.num_workers,
         limit=limit,
     )
@@ -264,23 +266,6 @@ def build_evaluation_loader(
 def build_monitor_loader(plan: StagePlan) -> EvaluationLoader:
     """What a stage is evaluated on while it trains."""
     return build_evaluation_loader(plan.data, plan.held_out, plan.monitor_samples, plan.task)
-
-
-def build_scorer(data: DataPlan, evaluation: EvaluationPlan, teacher: VisionTransformer) -> Scorer:
-    """Scores a run's models on all held-out samples."""
-    task, probe_train, apart = evaluation.task, None, None
-    if evaluation.probe_train is not None:
-        probe_train = build_evaluation_loader(data, evaluation.probe_train, evaluation.probe_samples, task)
-    preparation = task.prepare_scoring(data.view) if task else None
-    if preparation is not None:
-        apart = build_evaluation_loader(data, evaluation.held_out, task=task, preparation=preparation)
-    held_out = build_evaluation_loader(data, evaluation.held_out, task=task)
-    return Scorer(teacher, task, held_out, probe_train, evaluation.probe_l2, apart, data.view, scoring_precision())
-
-
-def scoring_precision() -> torch.dtype | None:
-    """What models compute in where nothing trains: bf16 on an accelerator, else what their weights are."""
-    return torch.bfloat16 if device().type == "cuda" else None
 
 
 def rehearse(plan: RunPlan) -> None:

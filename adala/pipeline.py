@@ -13,7 +13,6 @@ from adala.build import (
     build_engine,
     build_evaluation_loader,
     build_monitor_loader,
-    build_scorer,
     build_stage,
     build_teacher,
     build_train_loader,
@@ -23,18 +22,20 @@ from adala.build import (
     prepare_student,
     rehearse,
     say_stream,
-    unaligned_student,
 )
+from adala.comparison import Comparer
 from adala.config import Recipe, recipe_to_yaml
+from adala.contenders import LINEARIZED, TEACHER, build_teacher_contender, linearize_contender, load_contender
 from adala.data import StreamState, TrainLoader
-from adala.distributed import device, from_rank_0, gather_objects, raise_together, rank, say
+from adala.distributed import device, from_rank_0, raise_together, rank, say
 from adala.engine import Engine
-from adala.evaluation import Candidate, Evaluator, precision
-from adala.export import WEIGHTS, load_student, load_task_model, read_description, save_student
+from adala.evaluation import Evaluator, FeatureStore, precision
+from adala.export import WEIGHTS, load_student, load_task_model, save_student
 from adala.files import file_digest, remove_tree, write_whole
 from adala.lineage import START, Decision, decide, refuse_changed
 from adala.plan import RunPlan, StagePlan, read_stage_task, resolve_run
 from adala.progress import MetricWriter
+from adala.protocol import ProbeConfig, Protocol, SegmentationConfig
 from adala.report import Report, ReportRow, draw_report, print_report, read_report, write_report
 from adala.runs import OverwriteOrder, StageFolder, StageRecord
 from adala.similarity import relative_error
@@ -281,33 +282,40 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
 
     The score is that of a probe on frozen features, and of a stage's own head after it; None without targets.
     """
-    teacher = build_teacher(plan.model.teacher)
-    scorer = build_scorer(plan.data, plan.evaluation, teacher)
     numbers = [number for number in (1, 2, 3) if f"stage {number}" in identity]
-    candidates = {
-        "teacher": Candidate(teacher),
-        "linearized": Candidate(unaligned_student(plan.model, teacher).eval()),
-        **{f"stage {number}": _candidate(plan, plan.run.stage(number)) for number in numbers},
+    teacher = build_teacher_contender(plan.model)
+    contenders = {
+        TEACHER: teacher,
+        LINEARIZED: linearize_contender(plan.model, teacher),
+        **{f"stage {number}": load_contender(plan.run.stage(number).path) for number in numbers},
     }
-    say(f"scoring {', '.join(candidates)}")
-    scores = scorer.scores(candidates)
-    is_scored = scores["teacher"].value is not None or scorer.probe_train is None
-    if not is_scored:
-        say("all labels are the same: models are compared by their features alone")
-    rows = [
-        ReportRow(name, score.value if is_scored else None, score.metrics["feature_cosine"])
-        for name, score in scores.items()
-    ]
-    unusable = sum(gather_objects(sum(scorer.held_out.bad_samples.values())))
-    if unusable:
-        say(f"{unusable} held-out samples could not be used, and are left out of all rows alike")
+    say(f"scoring {', '.join(contenders)}")
+    store = FeatureStore(plan.run.features)
+    comparison = Comparer(contenders, plan.data, plan.evaluation, table_protocol(plan.recipe), store).compare()
+    from_rank_0(partial(remove_tree, store.folder))
+    for note in dict.fromkeys(note for notes in comparison.notes.values() for note in notes):
+        say(note)
+    if comparison.unusable:
+        say(f"{comparison.unusable} held-out samples could not be used, and are left out of all rows alike")
     task = read_stage_task(plan.recipe)
-    return Report(rows, task.score, task.score_title, identity, unusable)
+    # What tells the teacher from nobody tells nothing of its students.
+    is_scored = task.probe is None or f"probe_{task.score}" in comparison.measures[TEACHER]
+    rows = []
+    for name, contender in contenders.items():
+        measures = comparison.measures[name]
+        kind = "head" if contender.head is not None else "probe"
+        score = measures.get(f"{kind}_{task.score}") if is_scored else None
+        rows.append(ReportRow(name, score, measures["feature_cosine"]))
+    return Report(rows, task.score, task.score_title, identity, comparison.unusable)
 
 
-def _candidate(plan: RunPlan, folder: StageFolder) -> Candidate:
-    """A stage's student with its head, where it has one and there are targets."""
-    if plan.evaluation.task is None or read_description(folder.path).task is None:
-        return Candidate(load_student(folder.path).to(device()))
-    tuned = load_task_model(folder.path).to(device())
-    return Candidate(tuned.student, tuned.head, tuned.task)
+def table_protocol(recipe: Recipe) -> Protocol:
+    """How a run's own table is made: probes to convergence, on as many samples as the recipe says."""
+    config = recipe.evaluation
+    return Protocol(
+        name="table",
+        description="the training command's own table",
+        measures=["features", "probe", "segmentation", "head"],
+        probe=ProbeConfig(solver="lbfgs", l2=config.probe_l2, train_samples=config.probe_samples),
+        segmentation=SegmentationConfig(train_samples=config.probe_samples),
+    )

@@ -449,13 +449,13 @@ def _stage_conditions(
         "data.mean": list(data.view.mean),
         "data.std": list(data.view.std),
         "data.shuffle_buffer": data.shuffle_buffer,
-        f"stage{number}.train_data or data.train (its shards)": _index_digest(training, labelled),
+        f"stage{number}.train_data or data.train (its shards)": index_digest(training, labelled),
         "ds_config (its precision)": model.precision.precision,
         **own,
     }
 
 
-def _index_digest(index: ShardIndex, labelled: bool) -> str:
+def index_digest(index: ShardIndex, labelled: bool) -> str:
     """What identifies a data set wherever it lies: names, samples and bytes of its shards, and what its labels mean."""
     classes = [shard.classes for shard in index.shards if shard.classes is not None][:1] if labelled else []
     return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards] + classes)
@@ -473,9 +473,9 @@ def _resolve_evaluation(recipe: Recipe, read: Sources) -> tuple[EvaluationPlan, 
     held_out = read.index(recipe.data.val)
     probe_train = read.index(probe_sources) if task.probe and missing is None else None
     conditions = {
-        "data.val": _index_digest(held_out, missing is None),
+        "data.val": index_digest(held_out, missing is None),
         "stage3.task": describe_task(task) if missing is None else None,
-        "evaluation.probe_train": _index_digest(probe_train, True) if probe_train else None,
+        "evaluation.probe_train": index_digest(probe_train, True) if probe_train else None,
         "evaluation.probe_samples": config.probe_samples,
         "evaluation.probe_l2": config.probe_l2,
     }

@@ -136,6 +136,11 @@ class RunFolder:
     def picture(self) -> Path:
         return self.path / "report.png"
 
+    @property
+    def features(self) -> Path:
+        """Where features lie while models are scored."""
+        return self.path / "features"
+
     def stage(self, number: int) -> StageFolder:
         """The folder of stage 1, 2 or 3."""
         return StageFolder(self.path / f"stage{number}")

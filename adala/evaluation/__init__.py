@@ -32,7 +32,6 @@ from adala.evaluation.linear_probe import (
     linear_probe_top1,
     probe,
 )
-from adala.evaluation.scoring import Score, Scorer
 
 __all__ = [
     "BlockErrors",
@@ -50,8 +49,6 @@ __all__ = [
     "LbfgsSettings",
     "ProbeResult",
     "RowWriter",
-    "Score",
-    "Scorer",
     "SgdSettings",
     "StoredRows",
     "collect_features",
