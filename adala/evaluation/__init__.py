@@ -25,6 +25,7 @@ from adala.evaluation.linear_probe import (
     probe,
 )
 from adala.evaluation.scoring import Score, Scorer
+from adala.evaluation.speed import Speed, measure_speed
 
 __all__ = [
     "BlockErrors",
@@ -45,6 +46,7 @@ __all__ = [
     "Score",
     "Scorer",
     "SgdSettings",
+    "Speed",
     "StoredRows",
     "collect_features",
     "colour_table_confusion",
@@ -59,5 +61,6 @@ __all__ = [
     "majority_confusion",
     "mean_iou",
     "measure_block_errors",
+    "measure_speed",
     "probe",
 ]
