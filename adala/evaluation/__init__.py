@@ -32,6 +32,7 @@ from adala.evaluation.linear_probe import (
     linear_probe_top1,
     probe,
 )
+from adala.evaluation.speed import Speed, measure_speed
 
 __all__ = [
     "BlockErrors",
@@ -50,6 +51,7 @@ __all__ = [
     "ProbeResult",
     "RowWriter",
     "SgdSettings",
+    "Speed",
     "StoredRows",
     "collect_features",
     "colour_table_confusion",
@@ -65,6 +67,7 @@ __all__ = [
     "majority_confusion",
     "mean_iou",
     "measure_block_errors",
+    "measure_speed",
     "precision",
     "probe",
 ]

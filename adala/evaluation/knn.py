@@ -83,8 +83,10 @@ def _largest(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     A stable sort of whole rows does the same and takes many times as long; here only rows pay for it in which equal
     values lie on both sides of the cut.
     """
-    values, places = similarities.topk(k, dim=1)
-    cut = (similarities >= values[:, -1:]).sum(1) > k
+    # One more than are wanted, to see whether it is as near as the last one.
+    values, places = similarities.topk(min(k + 1, similarities.shape[1]), dim=1)
+    cut = values[:, k:].eq(values[:, k - 1 : k]).any(1)
+    values, places = values[:, :k], places[:, :k]
     if cut.any():
         values[cut], places[cut] = (part[:, :k] for part in similarities[cut].sort(dim=1, descending=True, stable=True))
     places, order = places.sort(dim=1)
