@@ -258,6 +258,8 @@ def test_a_plain_file_that_is_named_as_the_mask_is_not_the_image() -> None:
     files = {"webp": encoded(GREY_RGB, "WEBP"), "png": encoded(VALUES)}
     assert image_field(files, besides="png") == "webp"
     np.testing.assert_array_equal(read_mask(files, INDEX, "png"), VALUES)
+    with pytest.raises(DecodeError, match="image has 4 x 3 pixels and its mask 2 x 2"):
+        read_mask({**files, "png": encoded(np.zeros((2, 2), np.uint8))}, INDEX, "png")
 
 
 def test_what_is_wrong_with_a_mask_is_said_with_its_name() -> None:
