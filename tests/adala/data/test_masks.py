@@ -6,6 +6,8 @@ import random
 import struct
 import warnings
 import zlib
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,10 +246,20 @@ def test_a_mask_is_no_image(field: str) -> None:
     assert image_field({field: b"", "webp": b""}) == "webp"
 
 
+def test_the_page_names_every_file_and_option() -> None:
+    page = (Path(__file__).parents[3] / "docs/DATA.md").read_text(encoding="utf-8")
+    assert all(f"`.{field}`" in page for field in MASK_FIELDS if field.endswith(".png"))
+    assert "`.tif` and `.tiff`" in page
+    section = page.split("## Masks")[1].split("\n## ")[0]
+    assert all(f"| `{option.name}` |" in section for option in fields(MaskFormat))
+
+
 def test_a_plain_file_that_is_named_as_the_mask_is_not_the_image() -> None:
-    fields = {"webp": encoded(GREY_RGB, "WEBP"), "png": encoded(VALUES)}
-    assert image_field(fields, besides="png") == "webp"
-    np.testing.assert_array_equal(read_mask(fields, INDEX, "png"), VALUES)
+    files = {"webp": encoded(GREY_RGB, "WEBP"), "png": encoded(VALUES)}
+    assert image_field(files, besides="png") == "webp"
+    np.testing.assert_array_equal(read_mask(files, INDEX, "png"), VALUES)
+    with pytest.raises(DecodeError, match="image has 4 x 3 pixels and its mask 2 x 2"):
+        read_mask({**files, "png": encoded(np.zeros((2, 2), np.uint8))}, INDEX, "png")
 
 
 def test_what_is_wrong_with_a_mask_is_said_with_its_name() -> None:
@@ -275,35 +287,35 @@ def turned(orientation: int) -> dict[str, Image.Exif]:
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_a_mask_is_turned_as_its_image_is(orientation: int) -> None:
     """Both say how they are turned; the picture's colours are the classes, so that they can be compared."""
-    fields = {
+    files = {
         "png": encoded(GREY_RGB, **turned(orientation)),
         "seg.png": encoded(VALUES, **turned(orientation)),
     }
-    np.testing.assert_array_equal(read_mask(fields, INDEX), np.asarray(decode_image(fields["png"]))[..., 0])
+    np.testing.assert_array_equal(read_mask(files, INDEX), np.asarray(decode_image(files["png"]))[..., 0])
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_a_mask_that_may_have_been_drawn_before_turning_is_refused(orientation: int) -> None:
-    fields = {"jpg": encoded(GREY_RGB, "JPEG", **turned(orientation)), "seg.png": encoded(VALUES)}
+    files = {"jpg": encoded(GREY_RGB, "JPEG", **turned(orientation)), "seg.png": encoded(VALUES)}
     with pytest.raises(DecodeError, match=f"EXIF orientation {orientation}, .*turn both upright"):
-        read_mask(fields, INDEX)
+        read_mask(files, INDEX)
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_a_mask_that_was_drawn_over_the_upright_image_fits(orientation: int) -> None:
     upright = np.ascontiguousarray(VALUES.T)
-    fields = {"jpg": encoded(GREY_RGB, "JPEG", **turned(orientation)), "seg.png": encoded(upright)}
-    np.testing.assert_array_equal(read_mask(fields, INDEX), upright)
+    files = {"jpg": encoded(GREY_RGB, "JPEG", **turned(orientation)), "seg.png": encoded(upright)}
+    np.testing.assert_array_equal(read_mask(files, INDEX), upright)
     with pytest.raises(DecodeError, match="image has 3 x 4 pixels and its mask 4 x 4 pixels"):
-        check_fit(fields["jpg"], encoded(np.zeros((4, 4), np.uint8)))
+        check_fit(files["jpg"], encoded(np.zeros((4, 4), np.uint8)))
 
 
 def test_a_turned_tiff_fits_its_mask() -> None:
     info = TiffImagePlugin.ImageFileDirectory_v2()
     info[0x0112] = 6
-    fields = {"tif": encoded(GREY_RGB, "TIFF", tiffinfo=info), "seg.png": encoded(np.ascontiguousarray(VALUES.T))}
-    assert decode_image(fields["tif"]).size == (3, 4)
-    assert read_mask(fields, INDEX).shape == (4, 3)
+    files = {"tif": encoded(GREY_RGB, "TIFF", tiffinfo=info), "seg.png": encoded(np.ascontiguousarray(VALUES.T))}
+    assert decode_image(files["tif"]).size == (3, 4)
+    assert read_mask(files, INDEX).shape == (4, 3)
 
 
 def test_classes_outside_are_named() -> None:
