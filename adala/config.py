@@ -95,7 +95,7 @@ class StageConfig(Checked):
     """Largest global gradient norm; 0 is no clipping."""
     train_data: list[str] | str | None = None
     """Training shards of this stage; null takes data.train."""
-    augmentation: Literal["none", "crop", "shift", "strong"] = "crop"
+    augmentation: Literal["none", "crop", "shift", "strong", "scale"] = "crop"
     """Training augmentation."""
     image_size: list[int] | None = None
     """Height and width in pixels that this stage trains on and is evaluated on meanwhile; null takes data.image_size,

@@ -130,7 +130,7 @@ class _Seen:
 
 def _look_at(task: Task, raw: RawSample) -> _Seen:
     try:
-        target = decode(raw, task.read_target).target
+        target = decode(raw, task.reader).target
     except DecodeError as error:
         return _Seen(raw, str(error), False)
     return _Seen(raw, None, task.is_labelled(target))

@@ -121,7 +121,7 @@ class TrainStream(IterableDataset):
             self._raw_samples(part, part.consumed, epoch),
             lambda: self._raw_samples(part, 0, epoch),
             bad,
-            self.preparation.read_target,
+            self.preparation.reader,
         )
         batch: list[Sample] = []
         for sample in samples:
@@ -332,7 +332,7 @@ class EvaluationStream(IterableDataset):
 
     def _decode(self, raw: RawSample, bad: BadSamples) -> Sample | None:
         try:
-            return decode(raw, self.preparation.read_target)
+            return decode(raw, self.preparation.reader)
         except DecodeError as error:
             bad.add(raw, error)
             return None

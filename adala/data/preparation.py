@@ -14,8 +14,20 @@ from adala.data.labels import Classes
 from adala.data.tars import Fields
 from adala.data.transforms import ImageTransform, build_eval_transform, build_train_transform
 
-# From a sample's files by extension, the names of classes, and the image's height and width, to its target.
-ReadTarget = Callable[[Fields, Classes | None, tuple[int, int]], Any]
+
+@dataclass(frozen=True)
+class TargetReader:
+    """How the target of a sample is read.
+
+    Attributes:
+        read: From the sample's files by extension, the names of classes, and the image's height and width in pixels, to
+            the target. It raises DecodeError for a sample without one that can be used, which is a bad one then, and
+            another ValueError for one that shows that the recipe is wrong, which stops the run.
+        field: Extension of a file that is the target, and so is not the image, whatever it is called.
+    """
+
+    read: Callable[[Fields, Classes | None, tuple[int, int]], Any]
+    field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,11 @@ class Preparation:
     Attributes:
         transform: From the RGB image and the target to tensors by name, ``image`` (3, H, W) and what else there is. In
             training its random numbers are seeded for each sample.
-        read_target: See :data:`ReadTarget`; None where no target is wanted. It raises DecodeError for a sample without
-            one that can be used, which is a bad one then, and another ValueError for one that shows that the recipe is
-            wrong, which stops the run.
+        reader: Of the target; None where none is wanted.
     """
 
     transform: Callable[[Image.Image, Any], dict[str, Tensor]]
-    read_target: ReadTarget | None = None
+    reader: TargetReader | None = None
 
 
 def prepare_images(transform: ImageTransform) -> Preparation:

@@ -14,7 +14,7 @@ from adala.data.addresses import is_remote, open_stream
 from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
 from adala.data.index import Shard, ShardIndex, image_field, index_command
 from adala.data.order import ShardSequence
-from adala.data.preparation import ReadTarget
+from adala.data.preparation import TargetReader
 from adala.data.tars import Fields, read_samples
 
 # Times in a row that a remote shard may break without one new sample between them before reading gives up.
@@ -57,24 +57,24 @@ class RawSample:
         return f"{self.shard.name}/{self.key}"
 
 
-def decode(raw: RawSample, read_target: ReadTarget | None = None) -> Sample:
+def decode(raw: RawSample, reader: TargetReader | None = None) -> Sample:
     """Decodes the image to RGB, and reads the target where one is wanted.
 
     Raises:
         DecodeError: No image, a damaged one, or no target that can be used although one is wanted.
         ValueError: A target that shows that the recipe is wrong; the message names the sample.
     """
-    field = image_field(raw.fields)
+    field = image_field(raw.fields, besides=None if reader is None else reader.field)
     if field is None:
         raise DecodeError(f"no image: it has the files {', '.join(sorted(raw.fields))}, and none of {IMAGE_FIELDS}")
     try:
         image = decode_image(raw.fields[field])
     except DecodeError as error:
         raise DecodeError(f"its {field} cannot be decoded: {error}") from error
-    if read_target is None:
+    if reader is None:
         return Sample(raw.id, image, None)
     try:
-        target = read_target(raw.fields, raw.shard.classes, (image.height, image.width))
+        target = reader.read(raw.fields, raw.shard.classes, (image.height, image.width))
     except DecodeError:
         raise
     except ValueError as error:
@@ -191,7 +191,7 @@ def fill_slots(
     slots: Iterable[RawSample],
     from_the_start: Callable[[], Iterable[RawSample]],
     bad: BadSamples,
-    read_target: ReadTarget | None = None,
+    reader: TargetReader | None = None,
 ) -> Iterator[Sample]:
     """Decodes one sample for each slot; the next good one of the range takes the slot of a bad one beside its own.
 
@@ -202,7 +202,7 @@ def fill_slots(
         slots: The samples in order of emission.
         from_the_start: Gives the samples of the whole range in order of emission.
         bad: Counts the bad ones.
-        read_target: See :func:`decode`.
+        reader: See :func:`decode`.
 
     Raises:
         BadDataError: Too many bad samples, or no good one in the range.
@@ -210,7 +210,7 @@ def fill_slots(
     waiting = 0
     for raw in slots:
         try:
-            sample = decode(raw, read_target)
+            sample = decode(raw, reader)
         except DecodeError as error:
             bad.add(raw, error)
             waiting += 1
@@ -222,7 +222,7 @@ def fill_slots(
         return
     for raw in from_the_start():
         try:
-            sample = decode(raw, read_target)
+            sample = decode(raw, reader)
         except DecodeError as error:
             bad.add(raw, error)
             continue

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from adala.data import Preparation, View
 from adala.data.labels import Classes
+from adala.data.preparation import TargetReader
 from adala.data.tars import Fields
 from adala.rules import Checked
 
@@ -37,6 +38,16 @@ class Task(Checked):
     score: ClassVar[str]
     score_title: ClassVar[str]
     probe: ClassVar[Literal["linear", "multilabel", "dense"] | None] = None
+
+    @property
+    def target_field(self) -> str | None:
+        """Extension of the file that is the target, where an image could be mistaken for it."""
+        return None
+
+    @property
+    def reader(self) -> TargetReader:
+        """:meth:`read_target`, as loaders want it."""
+        return TargetReader(self.read_target, self.target_field)
 
     def read_target(self, fields: Fields, classes: Classes | None, image_size: tuple[int, int]) -> Any:
         """The target of a sample.

@@ -66,9 +66,7 @@ class Classification(Task):
     def prepare(self, view: View, augmentation: str | None) -> Preparation:
         """``image`` (3, H, W) and ``label``."""
         transform = view.image_transform(augmentation)
-        return Preparation(
-            lambda image, label: {"image": transform(image), "label": torch.tensor(label)}, self.read_target
-        )
+        return Preparation(lambda image, label: {"image": transform(image), "label": torch.tensor(label)}, self.reader)
 
     def build_head(self, student: VisionTransformer) -> ClassificationHead:
         return ClassificationHead(

@@ -86,7 +86,7 @@ class Multilabel(Task):
             multi_hot[list(labels)] = 1.0
             return {"image": transform(image), "labels": multi_hot}
 
-        return Preparation(tensors, self.read_target)
+        return Preparation(tensors, self.reader)
 
     def build_head(self, student: VisionTransformer) -> ClassificationHead:
         return ClassificationHead(

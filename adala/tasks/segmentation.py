@@ -105,6 +105,10 @@ class Segmentation(Task):
         except TypeError as error:
             raise ValueError(f"mask: {error}") from error
 
+    @property
+    def target_field(self) -> str | None:
+        return self.mask_field
+
     def read_target(self, fields: Fields, classes: Classes | None, image_size: tuple[int, int]) -> np.ndarray:
         """The mask, (H, W)."""
         mask = read_mask(fields, self.mask_format, self.mask_field)
@@ -134,7 +138,7 @@ class Segmentation(Task):
         def tensors(image: Image.Image, mask: np.ndarray) -> dict[str, Tensor]:
             return dict(zip(("image", "mask"), pair(image, mask), strict=True))
 
-        return Preparation(tensors, self.read_target)
+        return Preparation(tensors, self.reader)
 
     def build_head(self, student: VisionTransformer) -> nn.Module:
         return build_segmentation_head(self.head, student, self.num_classes, self.head_options)

@@ -18,7 +18,7 @@ from adala.data.pack import write_shards
 from adala.data.samples import decode, read_shard
 from adala.tasks import Classification
 
-read_class = Classification(num_classes=1000).read_target
+read_class = Classification(num_classes=1000).reader
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]], links: dict[str, str] | None = None, mode: str = "w") -> Path:

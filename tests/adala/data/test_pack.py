@@ -16,7 +16,7 @@ from adala.data.pack import main, write_embedded, write_image_folder, write_shar
 from adala.data.samples import decode, read_positions, read_shard
 from adala.tasks import Classification
 
-read_class = Classification(num_classes=1000).read_target
+read_class = Classification(num_classes=1000).reader
 
 
 def samples_of(folder, split):

@@ -9,7 +9,7 @@ from adala.data.index import Shard, load_index
 from adala.data.samples import BadDataError, BadSamples, DecodeError, RawSample, decode, fill_slots, read_shard, reorder
 from adala.tasks import Classification
 
-read_class = Classification(num_classes=1000).read_target
+read_class = Classification(num_classes=1000).reader
 
 SHARD = Shard("/shards/train-00000.tar", 100, 1)
 
