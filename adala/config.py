@@ -300,7 +300,23 @@ def parse_command(arguments: Sequence[str]) -> Command:
         ValueError: Unknown recipe, unknown key, or a value of the wrong type or out of range; the message names the
             key.
     """
-    parser = build_parser()
+    recipe, parsed = parse_recipe_command(build_parser(), arguments)
+    asked = [key for key in _keys_given(arguments) if key in CONVERSION_KEYS and key not in recipe.over_conversion]
+    recipe = dataclasses.replace(recipe, over_conversion=[*recipe.over_conversion, *asked])
+    stages = (1, 2, 3) if parsed.stage == "all" else (int(parsed.stage),)
+    return Command(recipe, stages, parsed.overwrite)
+
+
+def parse_recipe_command(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Any]:
+    """The recipe that a command line names, with its overrides, and everything that was parsed.
+
+    Args:
+        parser: Knows ``--recipe``, a recipe's fields, and what else the command has.
+        arguments: The command line.
+
+    Raises:
+        ValueError: See :func:`parse_command`.
+    """
     try:
         path = recipe_path(_recipe_argument(arguments))
         defaults = read_settings(parser, path, Recipe, "recipe")
@@ -308,11 +324,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
         parsed = parser.parse_args(list(arguments), namespace=defaults)
     except (ArgumentError, OverflowError) as error:
         raise ValueError(f"command line: {explained(error, Recipe)}") from error
-    recipe = build_settings(Recipe, _typed_below(parsed.as_dict(), _keys_given(arguments)))
-    asked = [key for key in _keys_given(arguments) if key in CONVERSION_KEYS and key not in recipe.over_conversion]
-    recipe = dataclasses.replace(recipe, over_conversion=[*recipe.over_conversion, *asked])
-    stages = (1, 2, 3) if parsed.stage == "all" else (int(parsed.stage),)
-    return Command(recipe, stages, parsed.overwrite)
+    return build_settings(Recipe, _typed_below(parsed.as_dict(), _keys_given(arguments))), parsed
 
 
 def _typed_below(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ LAYERS: list[set[str]] = [
     {"adala.backbones", "adala.tasks", "adala.runs", "adala.metrics"},
     {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.ds_config", "adala.similarity"},
     {"adala.losses", "adala.conversion"},
-    {"adala.attention", "adala.protocol"},
+    {"adala.evaluation_command"},
+    {"adala.attention", "adala.protocol", "adala.commands"},
     {"adala.config", "adala.failures", "adala.weights", "adala.machine"},
     {"adala.rules", "adala.distributed", "adala.files", "adala.plugins"},
 ]

@@ -112,7 +112,9 @@ class Candidate:
         """What an :class:`Evaluator` reads, of a batch whose images are on the device."""
         # Comparing the teacher with itself need not run it twice.
         features = teacher_features if self.model is teacher else self.model(images)
-        outputs = {"features": features, "teacher_features": teacher_features}
+        outputs = {"features": features}
+        if features.shape == teacher_features.shape:  # another backbone may have others
+            outputs["teacher_features"] = teacher_features
         if self.head is not None:
             decision = self.task.decision(
                 self.head(features, token_layout(self.model, images)), tuple(images.shape[-2:])
