@@ -1,4 +1,4 @@
-"""How a command runs: parse, run, close; whatever goes wrong is told once and ends every rank with a code of its own."""
+"""How a command runs: parse, run, close. What goes wrong is told once, and ends every rank with a code of failure."""
 
 import sys
 from collections.abc import Callable

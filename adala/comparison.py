@@ -41,6 +41,7 @@ from adala.evaluation import (
     precision,
     probe,
 )
+from adala.evaluation.feature_store import StoredRows
 from adala.evaluation.speed import measure_speed
 from adala.evaluation.token_rows import FrozenHead, InPrecision, RowCollector
 from adala.heads import Pooling
@@ -105,6 +106,7 @@ class Comparer:
         self.is_pooled = kind in ("linear", "multilabel") and bool(wants & {"probe", "knn"})
         section = protocol.segmentation if self.is_dense else protocol.probe
         self.limits = {TRAIN: section.train_samples, HELD_OUT: None}
+        self._rows: dict[tuple[str | None, str], dict[str, StoredRows]] = {}
         self.result = Comparison({name: {} for name in contenders}, {name: [] for name in contenders})
 
     def compare(self) -> Comparison:
@@ -116,7 +118,7 @@ class Comparer:
         self._pass_held_out()
         if self.is_pooled or self.is_dense:
             self._pass_train()
-            self._count_samples()
+            self._open_rows()
         if self.is_pooled:
             self._fit_pooled()
         if self.is_dense:
@@ -238,14 +240,15 @@ class Comparer:
             return Field(self.data.view.image_size, torch.uint8 if is_small else torch.int32)
         return Field((self.task.num_classes,) if self.task.probe == "multilabel" else (), torch.int64)
 
-    def _stored(self, name: str | None, split: str) -> dict[str, Any]:
-        return self.store.find(self._key(name, split), self._fields(name))
-
-    def _count_samples(self) -> None:
-        self.result.samples = {split: len(self._stored(None, split)["target"]) for split in (TRAIN, HELD_OUT)}
+    def _open_rows(self) -> None:
+        """On every rank: what is fitted on one finds them open."""
+        for split in (TRAIN, HELD_OUT):
+            for name in (*self.contenders, None):
+                self._rows[name, split] = self.store.find(self._key(name, split), self._fields(name))
+            self.result.samples[split] = len(self._rows[None, split]["target"])
 
     def _features(self, name: str, split: str, pooling: Pooling) -> Features:
-        stored, target = self._stored(name, split), self._stored(None, split)["target"][:]
+        stored, target = self._rows[name, split], self._rows[None, split]["target"][:]
         has_class_token = self.contenders[name].model.has_class_token
         parts = {"cls": ["cls"], "patch": ["patch"], "cls_patch": ["cls", "patch"] if has_class_token else ["patch"]}
         values = torch.cat([stored[part][:] for part in parts[pooling]], 1)
@@ -254,7 +257,7 @@ class Comparer:
     # Measures.
 
     def _fit_pooled(self) -> None:
-        labels = [self._stored(None, split)["target"][:] for split in (TRAIN, HELD_OUT)]
+        labels = [self._rows[None, split]["target"][:] for split in (TRAIN, HELD_OUT)]
         if self.task.probe == "linear" and min(len(found.unique()) for found in labels) < 2:
             # Of one class alone every model knows everything.
             for notes in self.result.notes.values():
@@ -309,8 +312,8 @@ class Comparer:
             self.result.measures[name], self.result.notes[name] = {"probe_miou": miou}, []
 
     def _dense(self, name: str, split: str) -> tuple[DenseFeatures, Any]:
-        stored = self._stored(name, split)
-        return DenseFeatures(stored["patches"], stored["cls"]), self._stored(None, split)["target"]
+        stored = self._rows[name, split]
+        return DenseFeatures(stored["patches"], stored["cls"]), self._rows[None, split]["target"]
 
     def _fit_dense_head(self, name: str) -> DenseHead:
         settings = self.protocol.segmentation

@@ -222,8 +222,18 @@ def barrier() -> None:
         dist.barrier()
 
 
+# Whether rank 0 is alone with what it does.
+_on_one_rank = False
+
+
+def _check_collective() -> None:
+    """What all ranks do together must not be asked of one, which would wait for ever. Told on a single rank, too."""
+    assert not _on_one_rank, "a collective within from_rank_0"
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of ``tensor`` over ranks, in place."""
+    _check_collective()
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -237,6 +247,7 @@ def any_rank(flag: bool) -> bool:
 
 def gather_objects(value: object) -> list:
     """``value`` of every rank, in rank order, on every rank."""
+    _check_collective()
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size()
@@ -246,6 +257,7 @@ def gather_objects(value: object) -> list:
 
 def broadcast_object(value: object) -> object:
     """Rank 0's ``value`` on every rank."""
+    _check_collective()
     if world_size() == 1:
         return value
     box = [value]
@@ -277,12 +289,16 @@ def from_rank_0(action: Callable[[], Result]) -> Result:
     Raises:
         SharedError: The action raised a ValueError or an OSError.
     """
+    global _on_one_rank
     result, error = None, None
     if rank() == 0:
+        _on_one_rank = True
         try:
             result = action()
         except (ValueError, OSError) as raised:
             error = raised
+        finally:
+            _on_one_rank = False
     raise_together(error)
     return broadcast_object(result)
 

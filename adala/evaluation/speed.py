@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from adala.distributed import device
+
+# Of the profiler's own log, which says on a machine without a GPU that there is none.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # A sample shorter than this says more about the clock and the scheduler than about the model.
 SHORTEST_SAMPLE_S = 0.05
