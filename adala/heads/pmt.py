@@ -186,7 +186,7 @@ class PmtHead(nn.Module):
             if self.training or self.masked_attention:
                 auxiliary.append(self._predict(x, layout))
             if self.masked_attention:
-                mask = attention_mask(auxiliary[-1]["mask_logits"].detach(), layout)
+                mask = attention_mask(auxiliary[-1]["mask_logits"], layout)
             x = block(x, len(self.queries), layout, mask)
         return {**self._predict(x, layout), "auxiliary": auxiliary if self.training else []}
 
