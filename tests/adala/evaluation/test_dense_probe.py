@@ -267,7 +267,7 @@ def coloured(seed: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     masks = torch.randint(CLASSES, (3, size, size), generator=generator)
     images = torch.randint(60, (3, 3, size, size), generator=generator) + 60 * masks[:, None]
     wrong = torch.rand(masks.shape, generator=generator)
-    masks[wrong < 0.2], masks[wrong > 0.9] = 0, IGNORED
+    masks[wrong < 0.2], masks[wrong > 0.9] = 1, IGNORED
     return images.to(torch.uint8), masks
 
 

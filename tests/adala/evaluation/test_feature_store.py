@@ -212,16 +212,26 @@ def test_what_a_killed_command_left_is_not_read_and_is_removed(tmp_path: Path) -
 
 
 def test_what_another_command_is_writing_is_left_alone(tmp_path: Path) -> None:
-    """Also if both write the same; the first that is done counts."""
     store = FeatureStore(tmp_path)
     with store.writing(KEY, FIELDS, 4) as slow:
-        with store.writing(KEY, FIELDS, 4) as fast:
+        with store.writing({**KEY, "data": "others"}, FIELDS, 4) as fast:
             fill_with(4)(fast)
         (tmp_path / ".empty.partial").mkdir()
         store.clear()
         assert len(folders(tmp_path)) == 1
         fill_with(4)(slow)
     assert_rows(store.find(KEY, FIELDS), [0, 1, 2, 3])
+
+
+def test_of_two_commands_that_compute_the_same_the_first_counts(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path)
+    with store.writing(KEY, FIELDS, 4) as slow:
+        with store.writing(KEY, FIELDS, 4) as fast:
+            fill_with(4)(fast)
+        (entry,) = [name for name in folders(tmp_path) if not name.endswith(".partial")]
+        written = (tmp_path / entry / ROWS).stat().st_ino
+        fill_with(4)(slow)
+    assert folders(tmp_path) == [entry] and (tmp_path / entry / ROWS).stat().st_ino == written
 
 
 def flip(path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from adala.evaluation import Features, LbfgsSettings, SgdSettings, fit_probe, probe
-from adala.evaluation.linear_probe import draw_batches, fit_grid, linear_probe_top1, split_stratified, top_k
+from adala.evaluation.linear_probe import draw_batches, fit_grid, linear_probe_top1, rank_rates, split_stratified, top_k
 
 L2 = 0.02
 
@@ -97,7 +97,7 @@ def trained_alone(train: Features, rows: torch.Tensor, rate: float, settings: Sg
     layer = nn.Linear(train.values.shape[1], int(train.labels.max()) + 1)
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     batches = list(draw_batches(rows, settings.batch_size, settings.epochs, settings.seed))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=rate * len(batches[0]) / 256, momentum=settings.momentum)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=rate * len(batches[0]) / 256, momentum=0.9, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches), eta_min=0)
     for batch in batches:
         optimizer.zero_grad()
@@ -107,7 +107,7 @@ def trained_alone(train: Features, rows: torch.Tensor, rate: float, settings: Sg
     return layer
 
 
-GRID = SgdSettings(rates=(0.01, 3.0, 0.3), epochs=4, batch_size=32, seed=3)
+GRID = SgdSettings(rates=(0.01, 3.0, 0.3), epochs=4, batch_size=32, weight_decay=0.01, seed=3)
 
 
 def test_each_rate_of_a_grid_is_as_if_it_were_trained_alone() -> None:
@@ -139,6 +139,10 @@ def test_the_held_out_set_decides_nothing() -> None:
     train, held_out = separable(150, seed=0), separable(80, seed=1)
     shuffled = Features(held_out.values, held_out.labels.roll(1))
     assert probe(train, held_out, GRID).rate == probe(train, shuffled, GRID).rate
+
+
+def test_of_equally_good_rates_the_smallest_is_chosen() -> None:
+    assert rank_rates({0.3: 50.0, 0.1: 50.0, 1.0: 70.0, 9.0: None}) == [1.0, 0.1, 0.3]
 
 
 def test_rates_that_diverge_drop_out() -> None:
@@ -198,6 +202,16 @@ def test_several_labels_are_a_binary_problem_each() -> None:
         reference = LogisticRegression(C=1e6).fit(train.values, train.labels[:, label])
         expected = torch.from_numpy(reference.decision_function(held_out.values)).float()
         torch.testing.assert_close(result.logits[:, label], expected, atol=2e-2, rtol=0)
+
+
+def test_the_first_step_of_several_labels_is_each_labels_own() -> None:
+    """From zero, where every probability is one half; a rate means the same however many labels there are."""
+    train = several_labels(64, seed=0)
+    settings = SgdSettings(rates=(1.0,), epochs=1, batch_size=64)
+    weights, biases = fit_grid(train, torch.arange(64), 5, [1.0], settings)
+    error = train.labels - 0.5
+    torch.testing.assert_close(weights[0], 64 / 256 * error.T @ train.values / 64)
+    torch.testing.assert_close(biases[0], 64 / 256 * error.mean(0))
 
 
 def test_the_rate_for_several_labels_has_the_best_mean_average_precision() -> None:
