@@ -3,7 +3,8 @@
 Shapes: B batch, N tokens, D embed dim.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.data import View
-from adala.distributed import all_reduce_sum, device, gather_objects
+from adala.distributed import all_reduce_sum, device, gather_objects, raise_together
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.students import token_layout
 from adala.tasks import Prediction, Task
@@ -108,12 +109,15 @@ class Candidate:
     task: Task | None = None
     collectors: Sequence[Collector] = ()
 
-    def outputs(self, batch: Batch, images: Tensor, teacher: VisionTransformer, teacher_features: Tensor) -> Outputs:
+    def outputs(
+        self, batch: Batch, images: Tensor, teacher: VisionTransformer | None, teacher_features: Tensor | None
+    ) -> Outputs:
         """What an :class:`Evaluator` reads, of a batch whose images are on the device."""
         # Comparing the teacher with itself need not run it twice.
         features = teacher_features if self.model is teacher else self.model(images)
         outputs = {"features": features}
-        if features.shape == teacher_features.shape:  # another backbone may have others
+        # Another backbone may have features of another shape.
+        if teacher_features is not None and features.shape == teacher_features.shape:
             outputs["teacher_features"] = teacher_features
         if self.head is not None:
             decision = self.task.decision(
@@ -127,6 +131,22 @@ class Candidate:
         return self.head(self.model(images), token_layout(self.model, images))
 
 
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """What one rank raises within, all raise at the end: none waits for a rank that is gone, nor takes what that one
+    has to say for an answer. Every rank enters it, and there is no collective within.
+
+    Raises:
+        ValueError: See above; also for an OSError.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = raised
+    raise_together(error)
+
+
 def precision(autocast: torch.dtype | None) -> torch.autocast:
     """A context in which models compute in ``autocast``, or as their weights are."""
     return torch.autocast(device().type, autocast, enabled=autocast is not None)
@@ -135,7 +155,7 @@ def precision(autocast: torch.dtype | None) -> torch.autocast:
 @torch.no_grad()
 def evaluate_all(
     candidates: Mapping[str, Candidate],
-    teacher: VisionTransformer,
+    teacher: VisionTransformer | None,
     batches: Iterable[Batch],
     autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -145,22 +165,26 @@ def evaluate_all(
 
     Args:
         candidates: By name.
-        teacher: What they are compared with.
+        teacher: What they are compared with; None compares them with nothing.
         batches: This rank's part of the data.
         autocast: See :func:`precision`.
+
+    Raises:
+        ValueError: What reading the data or a collector raised on one rank; every rank raises.
     """
     evaluators = {
         name: Evaluator(one.model, one.task if one.head is not None else None, one.collectors)
         for name, one in candidates.items()
     }
-    for batch in batches:
-        images = batch["image"].to(device())
-        with precision(autocast):
-            teacher_features = teacher(images)
-        for name, candidate in candidates.items():
+    with raising_together():
+        for batch in batches:
+            images = batch["image"].to(device())
             with precision(autocast):
-                outputs = candidate.outputs(batch, images, teacher, teacher_features)
-            evaluators[name].update(outputs, batch)
+                teacher_features = None if teacher is None else teacher(images)
+            for name, candidate in candidates.items():
+                with precision(autocast):
+                    outputs = candidate.outputs(batch, images, teacher, teacher_features)
+                evaluators[name].update(outputs, batch)
     return {name: evaluator.total() for name, evaluator in evaluators.items()}
 
 
@@ -175,15 +199,19 @@ def evaluate_apart(
         batches: This rank's part of the data.
         view: What the models have been trained to see.
         autocast: See :func:`precision`.
+
+    Raises:
+        ValueError: What reading the data raised on one rank; every rank raises.
     """
     evaluators = {name: Evaluator(one.model, one.task) for name, one in candidates.items()}
-    for batch in batches:
-        images = batch["image"].to(device())
-        for name, candidate in candidates.items():
-            target = candidate.task.target(batch, device())
-            with precision(autocast):
-                decision = candidate.task.predict(candidate.predict, images, tuple(target.shape[-2:]), view)
-            evaluators[name].update({"decision": decision, "target": target}, batch)
+    with raising_together():
+        for batch in batches:
+            images = batch["image"].to(device())
+            for name, candidate in candidates.items():
+                target = candidate.task.target(batch, device())
+                with precision(autocast):
+                    decision = candidate.task.predict(candidate.predict, images, tuple(target.shape[-2:]), view)
+                evaluators[name].update({"decision": decision, "target": target}, batch)
     return {name: evaluator.total() for name, evaluator in evaluators.items()}
 
 

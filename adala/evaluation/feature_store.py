@@ -187,7 +187,8 @@ class Entry:
             self._check()
         except (ValueError, OSError, KeyError, TypeError) as error:
             logger.warning("the features in %s are damaged (%s) and will be computed again", self.path, error)
-            remove_tree(self.path)
+            # Another command may be removing them, too.
+            shutil.rmtree(self.path, ignore_errors=True)
             return False
         return True
 
@@ -336,6 +337,8 @@ class FeatureStore:
     def summary(self) -> str:
         """How much lies there, in a sentence."""
         entries = self._entries()
+        if not entries:
+            return f"no features lie in {self.folder}"
         mib = sum(file.stat().st_size for path in entries for file in path.iterdir()) / 2**20
         return f"{len(entries)} sets of features take {mib:.0f} MiB in {self.folder}, which may be removed"
 
