@@ -55,7 +55,7 @@ from adala.protocol import Protocol
 from adala.tasks import Task, describe_task
 
 Measures = dict[str, float | None]
-HELD_OUT, TRAIN = "held-out", "train"
+HELD_OUT, TRAIN = "held-out", "training"
 # Rows of segmentation that have no model.
 BASELINES = MAJORITY, COLOUR_TABLE = "majority class", "colour table"
 # Options of a task that say how it is trained and scored, and nothing of targets: whatever they are, features stay.

@@ -160,7 +160,7 @@ def _describe_data(command: EvaluationCommand, plan: RunPlan, comparison: Compar
         "samples": comparison.samples,
         "unusable_held_out_samples": comparison.unusable,
         "left_out": comparison.left_out,
-        "notes": list(plan.notes),
+        "notes": list(plan.notes) or None,
     }
 
 
