@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from adala.build import build_evaluation_loader
 from adala.contenders import Contender
 from adala.data import Preparation, ShardIndex
+from adala.data.addresses import is_remote, local_path
 from adala.distributed import SharedError, device, from_rank_0, gather_objects, say, world_size
 from adala.evaluation import (
     BlockReport,
@@ -46,9 +48,11 @@ from adala.evaluation import (
     raising_together,
 )
 from adala.evaluation.dense_probe import READ_AT_ONCE, class_counts
+from adala.evaluation.evaluator import compute_metrics
 from adala.evaluation.feature_store import StoredRows
 from adala.evaluation.speed import measure_speed
 from adala.evaluation.token_rows import FrozenHead, InPrecision, RowCollector
+from adala.files import value_digest
 from adala.heads import Pooling
 from adala.plan import DataPlan, EvaluationPlan, index_digest
 from adala.protocol import Protocol
@@ -122,6 +126,7 @@ class Comparer:
         self.is_pooled = kind in ("linear", "multilabel") and bool(self.wants & {"probe", "knn"})
         section = protocol.segmentation if self.is_dense else protocol.probe
         self.limits = {TRAIN: section.train_samples, HELD_OUT: None}
+        self._digests = from_rank_0(self._identify_data) if self.is_dense or self.is_pooled else {}
         self._rows: dict[tuple[str | None, str], dict[str, StoredRows]] = {}
         self.result = Comparison({name: {} for name in contenders}, {name: [] for name in contenders})
         self.result.left_out |= _not_for(self.task, kind, self.wants)
@@ -256,6 +261,9 @@ class Comparer:
     def _samples(self, split: str) -> tuple[ShardIndex, int | None]:
         return (self.train if split == TRAIN else self.held_out), self.limits[split]
 
+    def _identify_data(self) -> dict[str, str]:
+        return {split: _data_digest(self._samples(split)[0]) for split in (TRAIN, HELD_OUT)}
+
     def _capacity(self, split: str) -> int:
         """Samples there are, if all can be read."""
         index, limit = self._samples(split)
@@ -270,7 +278,7 @@ class Comparer:
         is_ordered = len(set(names)) == len(names)
         return {
             **identity,
-            "data": index_digest(index, labelled=True),
+            "data": self._digests[split],
             "samples": self._capacity(split),
             # Which samples can be used depends on the target, and with it which features there are.
             "target": target,
@@ -358,9 +366,10 @@ class Comparer:
             return {"probe_top1": found.top1, **top5}, (found.rate, found.scores)
         metrics = self.task.build_metrics()
         for metric in metrics.values():
-            metric.sync_on_compute = False
+            # The other ranks wait for this one.
+            metric.distributed_available_fn = lambda: False
             metric.update(self.task.decision(found.logits, self.data.view.image_size), held_out.labels)
-        measures = {f"probe_{key}": float(metric.compute()) for key, metric in metrics.items()}
+        measures = {f"probe_{key}": value for key, value in compute_metrics(metrics).items()}
         return measures, (found.rate, found.scores)
 
     def _fit_dense(self) -> None:
@@ -496,6 +505,14 @@ def _not_for(task: Task | None, kind: str | None, wants: set[str]) -> dict[str, 
     measured = {"linear": {"knn", "probe"}, "multilabel": {"probe"}, "dense": {"segmentation"}, None: set()}[kind]
     missing = (wants & {"knn", "probe", "segmentation"}) - measured
     return dict.fromkeys(sorted(missing), f"the samples are for {task.name}")
+
+
+def _data_digest(index: ShardIndex) -> str:
+    """Of a data set as it lies there. A shard whose labels were mended may have the same name and size as before."""
+    changed = [
+        None if is_remote(shard.url) else Path(local_path(shard.url)).stat().st_mtime_ns for shard in index.shards
+    ]
+    return value_digest([index_digest(index, labelled=True), changed])
 
 
 def _target_of(task: Task) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens, D embed dim.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from adala.data import View
 from adala.distributed import all_reduce_sum, device, gather_objects, raise_together
@@ -77,11 +79,26 @@ class Evaluator:
         total = all_reduce_sum(torch.stack([count, *self._comparison, *scalars]))
         self._images, self._comparison = int(total[0]), total[1:9]
         self._scalars = dict(zip(names, total[9:], strict=True))
+        self._shape_empty_states()
+
+    def _shape_empty_states(self) -> None:
+        """Gives a rank that saw no sample states of the other ranks' shapes: torchmetrics would send those of others,
+        at which the collective crashes."""
+        states = {
+            (name, state): (values[0].dtype, values[0].shape[1:])
+            for name, metric in self._metrics.items()
+            for state, values in metric.metric_state.items()
+            if isinstance(values, list) and values
+        }
+        for of_rank in gather_objects(states):
+            for (name, state), (dtype, shape) in of_rank.items():
+                if (name, state) not in states:
+                    setattr(self._metrics[name], state, [torch.empty((0, *shape), dtype=dtype, device=device())])
 
     def compute(self) -> dict[str, float]:
         """The metrics, after :meth:`reduce`; the task's reduce themselves."""
         metrics = {name: float(total) / self._images for name, total in self._scalars.items()}
-        metrics |= {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        metrics |= compute_metrics(self._metrics)
         if self._comparison[1] > 0:
             compared = comparison_metrics(self._comparison, self._has_class_token)
             metrics |= {name: float(value) for name, value in compared.items()}
@@ -91,6 +108,14 @@ class Evaluator:
         """:meth:`reduce`, then :meth:`compute`."""
         self.reduce()
         return self.compute()
+
+
+def compute_metrics(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Values of a task's metrics."""
+    with warnings.catch_warnings():
+        # Of ranks without a sample and classes without a positive one, which tasks see to themselves.
+        warnings.simplefilter("ignore", UserWarning)
+        return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from ranks import on_ranks
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score
@@ -28,6 +30,7 @@ from adala.config import load_recipe
 from adala.contenders import TEACHER, Contender, build_teacher_contender, linearize_contender, load_contender
 from adala.data import write_shards
 from adala.evaluation import DenseFeatures, DenseHead, DenseSettings, FeatureStore, fit_dense_probe
+from adala.evaluation.feature_store import ROWS
 from adala.export import save_student
 from adala.plan import RunPlan, resolve_run
 from adala.protocol import KnnConfig, ProbeConfig, Protocol, SegmentationConfig
@@ -479,3 +482,233 @@ def test_heads_are_scored_as_the_recipes_task_says(tmp_path: Path, inference: st
     enlarged = [(pixels[rows][:, columns], mask) for pixels, mask in zip(resized, masks, strict=True)]
     for name, measures in baselines_of(train, enlarged, bins=4).items():
         assert found.measures[name] == pytest.approx(measures, abs=1e-4), name
+
+
+def compare_everything(folder: Path, store: Path) -> dict[str, Comparison]:
+    """As a rank: every task, on numbers of samples that do not divide, with bad ones, and a rank that has none left."""
+    found = {}
+    for name, measures in {
+        "classes": ("features", "blocks", "knn", "probe", "head"),
+        "few": ("features", "probe", "head"),
+        "few labels": ("features", "probe", "head"),
+        "labels": ("features", "probe", "head"),
+        "masks": ("features", "segmentation", "head"),
+    }.items():
+        plan = plan_of(folder / name / "recipe.yaml")
+        contenders = contenders_of(plan, tuned=folder / name / "tuned")
+        found[name] = dataclasses.replace(compare(plan, contenders, protocol(*measures), store), heads={})
+    return found
+
+
+def test_two_ranks_find_what_one_finds(tiny: Path, tmp_path: Path) -> None:
+    bad = {"png": b"no image", "cls": 0, "json": b"[]", "seg.png": b""}
+    labelled = [{"png": noise(number), "cls": number % 3} for number in range(32)]
+    for name in ("classes", "few", "labels", "few labels", "masks"):
+        (tmp_path / name).mkdir()
+    # On two ranks the first has a single held-out sample, which is bad.
+    recipe_of_images(tmp_path / "few", val=[bad, *labelled[:2]], train=labelled[:21])
+    recipe_of_images(tmp_path / "classes", val=[*labelled[:10], bad], train=[bad, *labelled[10:]])
+    multilabel_recipe(tmp_path / "labels")
+    multilabel_recipe(tmp_path / "few labels")
+    write_shards([bad, *multilabel_samples(2, 1)], tmp_path / "few labels" / "shards", "val", 3)
+    scenes = write_wide_recipe(tmp_path / "masks")
+    scenes.write_text(scenes.read_text().replace('"num_classes": 11', '"num_classes": 11, "inference": "slide"'))
+    tasks = {"classes": {"name": "classification", "num_classes": 3}, "labels": MULTILABEL, "masks": SCENES}
+    for name, task in {**tasks, "few": tasks["classes"], "few labels": MULTILABEL}.items():
+        export(plan_of(tmp_path / name / "recipe.yaml"), tmp_path / name / "tuned", 1, task)
+    ((alone,), (first, second)) = (
+        on_ranks(ranks, compare_everything, tmp_path, tmp_path / f"store{ranks}", timeout_s=120) for ranks in (1, 2)
+    )
+    assert (alone["few"].unusable, alone["classes"].unusable) == (1, 1)
+    for name, one in alone.items():
+        assert repr(first[name]) == repr(second[name]), "to the last digit"
+        two = first[name]
+        assert list(two.measures) == list(one.measures) and (two.samples, two.unusable) == (one.samples, one.unusable)
+        for model, measures in one.measures.items():
+            assert two.measures[model] == pytest.approx(measures, rel=1e-4, abs=1e-4), (name, model)
+        assert two.notes == one.notes and two.left_out == one.left_out
+    errors = [found["classes"].blocks.students["tuned"].stream[-1]["relative_error"] for found in (alone, first)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4) and alone["classes"].blocks.images == 10
+
+
+def fail_on_a_rank(recipe: Path, store: Path, *measures: str) -> tuple[str, str]:
+    plan = plan_of(recipe)
+    try:
+        compare(plan, {TEACHER: build_teacher_contender(plan.model)}, protocol(*measures), store)
+    except ValueError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_one_rank_cannot_read_ends_all_alike(tmp_path: Path, split: str) -> None:
+    """While features are being written, and where none are."""
+    samples = [{"png": noise(number), "cls": number % 3} for number in range(12)]
+    bad = [{"png": b"no image", "cls": 0}] * 4
+    recipe = recipe_of_images(tmp_path, **{split: [*samples[:8], *bad, *samples[8:]]})
+    for measures in (("features", "probe"), ("features", "blocks")) if split == "val" else (("probe",),):
+        first, second = on_ranks(2, fail_on_a_rank, recipe, tmp_path / "store", *measures, timeout_s=60)
+        assert first == second and first[0] == "SharedError"
+        assert "samples of one data worker's range are bad" in first[1]
+    assert [path for path in (tmp_path / "store").glob(".*") if path.is_dir()] == []
+
+
+class Counter:
+    """How many images each model has seen."""
+
+    def __init__(self, contenders: Mapping[str, Contender]):
+        self.seen = dict.fromkeys(contenders, 0)
+        for name, one in contenders.items():
+            one.model.register_forward_hook(lambda _, inputs, __, name=name: self.count(name, len(inputs[0])))
+
+    def count(self, name: str, images: int) -> None:
+        self.seen[name] += images
+
+    def taken(self) -> dict[str, int]:
+        """Since the last call, of models that saw some."""
+        seen, self.seen = self.seen, dict.fromkeys(self.seen, 0)
+        return {name: images for name, images in seen.items() if images}
+
+
+class TestStoredFeatures:
+    """Of 14 held-out and 40 training images."""
+
+    asked = protocol("knn", "probe")
+
+    @pytest.fixture
+    def compared(self, tiny: Path, tmp_path: Path):
+        """The features of teacher, linearization and student are stored; a function that says what another comparison
+        computes."""
+        export(plan_of(tiny / "recipe.yaml"), tmp_path / "student", 1)
+
+        def images_seen(*overrides: str, asked: Protocol = self.asked, recipe: Path = tiny / "recipe.yaml") -> dict:
+            plan = plan_of(recipe, *overrides)
+            contenders = contenders_of(plan, student=tmp_path / "student")
+            counter = Counter(contenders)
+            self.found = compare(plan, contenders, asked, tmp_path / "store")
+            return counter.taken()
+
+        assert images_seen() == dict.fromkeys([TEACHER, "linearized", "student"], 54)
+        return images_seen
+
+    def test_nothing_is_computed_twice(self, compared) -> None:
+        first = self.found
+        assert compared() == {}
+        assert repr(self.found) == repr(first)
+        other = dataclasses.replace(PROBE, pooling="cls", l2=1.0)
+        assert compared(asked=protocol("probe", "knn", knn=KnnConfig(k=[1], pooling="patch"), probe=other)) == {}
+        assert compared("--stage3.task.pooling=cls", "--stage3.task.label_smoothing=0.1") == {}
+        assert compared("--evaluation.batch_size=3", "--evaluation.probe_samples=7") == {}
+        # What is asked of features themselves, and not only of what was stored of them.
+        assert compared(asked=protocol("features", "knn")) == dict.fromkeys([TEACHER, "linearized", "student"], 14)
+
+    def test_a_student_with_other_weights_is_computed_anew(self, compared, tiny: Path, tmp_path: Path) -> None:
+        export(plan_of(tiny / "recipe.yaml"), tmp_path / "student", 2)
+        assert compared() == {"student": 54}
+        export(plan_of(tiny / "recipe.yaml"), tmp_path / "student", 1)
+        assert compared() == {}
+
+    def test_two_heads_on_one_backbone_share_features(self, compared, tiny: Path, tmp_path: Path) -> None:
+        plan = plan_of(tiny / "recipe.yaml")
+        task = {"name": "classification", "num_classes": 3}
+        folders = {name: export(plan, tmp_path / name, 7, {**task, "pooling": name}) for name in ("cls", "patch")}
+        contenders = contenders_of(plan, **folders)
+        counter = Counter(contenders)
+        found = compare(plan, contenders, self.asked, tmp_path / "store")
+        assert counter.taken() == {"cls": 54}
+        assert found.measures["cls"] == found.measures["patch"] != found.measures["linearized"]
+
+    @pytest.mark.parametrize(
+        ("override", "images"),
+        [
+            ("--data.image_size=[8,16]", {TEACHER: 54, "linearized": 54, "student": 54}),
+            ("--data.mean=[0.4,0.5,0.5]", {TEACHER: 54, "linearized": 54, "student": 54}),
+            ("--stage3.task.num_classes=4", {TEACHER: 54, "linearized": 54, "student": 54}),
+            ("--mechanism_options.den_added=0.5", {"linearized": 54}),
+            ("--keep=[1]", {"linearized": 54}),
+        ],
+        ids=["image_size", "normalisation", "task", "mechanism_options", "keep"],
+    )
+    def test_what_features_depend_on_is_computed_anew(self, compared, override: str, images: dict) -> None:
+        assert compared(override) == images
+        assert compared(override) == {}
+
+    def test_a_protocol_in_another_precision_or_of_fewer_samples_is_computed_anew(self, compared) -> None:
+        everything = dict.fromkeys([TEACHER, "linearized", "student"], 54)
+        assert compared(asked=protocol("knn", "probe", precision="bf16")) == everything
+        fewer = protocol("knn", "probe", probe=dataclasses.replace(PROBE, train_samples=30))
+        assert compared(asked=fewer) == dict.fromkeys(everything, 30)
+        # All that there are.
+        assert compared(asked=protocol("knn", probe=dataclasses.replace(PROBE, train_samples=4000))) == {}
+
+    def test_other_data_are_computed_anew(self, compared, tmp_path: Path) -> None:
+        samples = [{"png": noise(number), "cls": number % 3} for number in range(9)]
+        (tmp_path / "other").mkdir()
+        other = recipe_of_images(tmp_path / "other", val=samples)
+        assert compared(recipe=other)[TEACHER] == 9 + 40
+
+    def test_data_that_were_mended_in_place_are_computed_anew(self, compared, tiny: Path, tmp_path: Path) -> None:
+        """Labels are others now, and every file as large as before."""
+        shards = shutil.copytree(tiny / "shards", tmp_path / "shards")
+        override = f"--data.val=[{shards}/val-*.tar]"
+        assert compared(override) == {} and self.found.measures[TEACHER]["knn3_top1"] < 100
+        first = self.found
+        for path in shards.glob("val-*.tar"):
+            content = bytearray(path.read_bytes())
+            with tarfile.open(path) as tar:
+                for member in tar.getmembers():
+                    if member.name.endswith(".cls"):
+                        content[member.offset_data] = ord("0") + (content[member.offset_data] - ord("0") + 1) % 3
+            path.write_bytes(content)
+        assert set(compared(override).values()) == {14}
+        assert self.found.measures[TEACHER]["knn3_top1"] != first.measures[TEACHER]["knn3_top1"]
+
+    def test_a_damaged_entry_is_computed_anew(self, compared, tmp_path: Path, caplog) -> None:
+        first = self.found
+        entries = sorted(path.parent for path in (tmp_path / "store").glob(f"*/{ROWS}"))
+        assert len(entries) == 2 * 4, "of three models and of targets, by split"
+        damaged = max(entries, key=lambda path: (path / ROWS).stat().st_size)
+        content = bytearray((damaged / ROWS).read_bytes())
+        content[100] ^= 1
+        (damaged / ROWS).write_bytes(content)
+        seen = compared()
+        assert list(seen.values()) == [40] and "are damaged" in caplog.text
+        assert repr(self.found) == repr(first)
+
+    def test_targets_are_read_again_by_themselves(self, compared, tmp_path: Path) -> None:
+        first = self.found
+        sizes = {path.parent: path.stat().st_size for path in (tmp_path / "store").glob(f"*/{ROWS}")}
+        for folder, size in sizes.items():
+            if size in (14 * 8, 40 * 8):
+                (folder / ROWS).unlink()
+        seen = compared()
+        assert seen == {TEACHER: 14} and repr(self.found) == repr(first)
+
+
+def test_code_of_a_mechanism_that_changes_is_computed_anew(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    """Its weights are the same ones."""
+    plan = plan_of(tiny / "recipe.yaml")
+    for code in ("one", "two"):
+        monkeypatch.setattr("adala.contenders._code_digest", lambda mechanism, code=code: f"{code} {mechanism}")
+        contenders = contenders_of(plan)
+        counter = Counter(contenders)
+        compare(plan, contenders, protocol("knn"), tmp_path)
+        assert counter.taken() == {TEACHER: 54, "linearized": 54}
+
+
+def test_samples_of_two_folders_of_one_name_keep_their_labels(tmp_path: Path) -> None:
+    """Their ids are the same: two commands that read with other numbers of workers must not mix them up."""
+    folders = []
+    for number in range(2):
+        samples = [{"png": noise(100 * number + each), "cls": (each + number) % 3} for each in range(10)]
+        write_shards(samples, tmp_path / f"of{number}", "val", samples_per_shard=10)
+        folders.append(str(tmp_path / f"of{number}" / "val-*.tar"))
+    recipe = write_tiny_recipe(tmp_path)
+    found = []
+    for store, workers in (("a", 0), ("b", 2), ("a", 2)):
+        plan = plan_of(recipe, f"--data.val=[{','.join(folders)}]", f"--data.num_workers={workers}")
+        contenders = {TEACHER: build_teacher_contender(plan.model)}
+        if store == "a" and workers:
+            contenders |= contenders_of(plan)
+        found.append(compare(plan, contenders, protocol("knn"), tmp_path / store).measures[TEACHER])
+    assert found[0] == found[1] == found[2]
