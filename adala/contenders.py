@@ -88,4 +88,4 @@ def _code_digest(mechanism: str) -> str:
     """Of the file that a mechanism's class is written in; its name where there is none."""
     mixer = resolve_mechanism(mechanism)
     path = inspect.getsourcefile(mixer)
-    return mixer.__qualname__ if path is None else file_digest(Path(path))
+    return file_digest(Path(path)) if path is not None and Path(path).is_file() else mixer.__qualname__

@@ -1,7 +1,7 @@
 """The evaluation command: from a command line to a table, a document and pictures."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,10 @@ def run_evaluation(command: EvaluationCommand) -> None:
     Raises:
         ValueError: Something about recipe, data, models or protocol is wrong; the message says what to do.
     """
-    plan, folders = resolve_run(command.recipe, ()), name_folders(command.models)
-    from_rank_0(partial(_check_students, folders, plan))
+    plan, rows = resolve_run(command.recipe, ()), name_rows(command.models)
+    from_rank_0(partial(_check_students, rows, plan))
     with raising_together():
-        contenders = _build_contenders(command, folders, plan)
+        contenders = _build_contenders(rows, plan)
     store = FeatureStore(command.cache or Path(command.recipe.runs_dir).expanduser() / "features")
     say(f"comparing {', '.join(contenders)} under the protocol {command.protocol.name}")
     for note in plan.notes:
@@ -72,14 +72,22 @@ def run_evaluation(command: EvaluationCommand) -> None:
     say(from_rank_0(store.summary))
 
 
-def name_folders(models: Sequence[str]) -> dict[str, Path]:
-    """Folders of students by the shortest ends of their paths that tell them apart, each once, in their order."""
-    paths = (Path(os.path.abspath(Path(name).expanduser())) for name in models if name not in (TEACHER, LINEARIZED))
-    folders = list({os.path.realpath(path): path for path in paths}.values())
-    return {_shortest_end(folder, folders): folder for folder in folders}
+def name_rows(models: Sequence[str]) -> dict[str, Path | None]:
+    """What models are called, each once and in their order: students by the shortest ends of their folders' paths that
+    tell them apart, beside those folders; the linearized teacher by its own name. The teacher is left out."""
+    students = [Path(os.path.abspath(Path(name).expanduser())) for name in models if name not in (TEACHER, LINEARIZED)]
+    folders = {os.path.realpath(folder): folder for folder in reversed(students)}
+    rows: dict[str, Path | None] = {}
+    for name in models:
+        if name == LINEARIZED:
+            rows[LINEARIZED] = None
+        elif name != TEACHER:
+            folder = folders[os.path.realpath(Path(name).expanduser())]
+            rows[_shortest_end(folder, folders.values())] = folder
+    return rows
 
 
-def _shortest_end(folder: Path, folders: Sequence[Path]) -> str:
+def _shortest_end(folder: Path, folders: Collection[Path]) -> str:
     for count in range(1, len(folder.parts)):
         end = folder.parts[-count:]
         if [each.parts[-count:] for each in folders].count(end) == 1 and "/".join(end) not in TAKEN:
@@ -87,9 +95,9 @@ def _shortest_end(folder: Path, folders: Sequence[Path]) -> str:
     return str(folder)
 
 
-def _check_students(folders: Mapping[str, Path], plan: RunPlan) -> None:
+def _check_students(rows: Mapping[str, Path | None], plan: RunPlan) -> None:
     """What can be told of students without building them."""
-    for folder in folders.values():
+    for folder in filter(None, rows.values()):
         described, view = read_description(folder), plan.data.view
         for key in ("mean", "std"):
             theirs, ours = list(getattr(described, key)), list(getattr(view, key))
@@ -100,14 +108,12 @@ def _check_students(folders: Mapping[str, Path], plan: RunPlan) -> None:
                 )
 
 
-def _build_contenders(command: EvaluationCommand, folders: Mapping[str, Path], plan: RunPlan) -> dict[str, Contender]:
+def _build_contenders(rows: Mapping[str, Path | None], plan: RunPlan) -> dict[str, Contender]:
     """By the names of their rows, the teacher first whether it was named or not."""
     teacher = build_teacher_contender(plan.model)
     contenders = {TEACHER: teacher}
-    if LINEARIZED in command.models:
-        contenders[LINEARIZED] = linearize_contender(plan.model, teacher)
-    for name, folder in folders.items():
-        contenders[name] = load_contender(folder)
+    for name, folder in rows.items():
+        contenders[name] = linearize_contender(plan.model, teacher) if folder is None else load_contender(folder)
         try:
             check_image_size(contenders[name].model, plan.data.view.image_size)
         except ValueError as error:
