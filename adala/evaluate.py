@@ -50,17 +50,23 @@ def output_folder(command: EvaluationCommand) -> Path:
     return command.out or run_folder(command.recipe).path / "evaluation"
 
 
+def cache_folder(command: EvaluationCommand) -> Path:
+    """Where features are kept, for evaluations of all runs of a folder."""
+    return command.cache or Path(command.recipe.runs_dir).expanduser() / "features"
+
+
 def run_evaluation(command: EvaluationCommand) -> None:
     """Compares the command's models; every rank calls it.
 
     Raises:
         ValueError: Something about recipe, data, models or protocol is wrong; the message says what to do.
     """
-    plan, rows = resolve_run(command.recipe, ()), name_rows(command.models)
+    plan, rows, cache = resolve_run(command.recipe, ()), name_rows(command.models), cache_folder(command)
+    from_rank_0(partial(_check_folders, {"--out": output_folder(command), "--cache": cache}))
     from_rank_0(partial(_check_students, rows, plan))
     with raising_together():
         contenders = _build_contenders(rows, plan)
-    store = FeatureStore(command.cache or Path(command.recipe.runs_dir).expanduser() / "features")
+    store = FeatureStore(cache)
     say(f"comparing {', '.join(contenders)} under the protocol {command.protocol.name}")
     for note in plan.notes:
         say(note)
@@ -93,6 +99,14 @@ def _shortest_end(folder: Path, folders: Collection[Path]) -> str:
         if [each.parts[-count:] for each in folders].count(end) == 1 and "/".join(end) not in TAKEN:
             return "/".join(end)
     return str(folder)
+
+
+def _check_folders(folders: Mapping[str, Path]) -> None:
+    """By option: what cannot be written is told before hours of computing."""
+    for option, folder in folders.items():
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{option} {folder}: {there} is no folder that can be written into")
 
 
 def _check_students(rows: Mapping[str, Path | None], plan: RunPlan) -> None:
