@@ -245,7 +245,7 @@ def test_a_head_for_another_target_is_left_out(tiny: Path, tmp_path: Path) -> No
     rows = rows_of(evaluate(recipe, "--models", other, masks, own, *asked))
     assert [name for name, row in rows.items() if "head_top1" in row["measures"]] == ["stage3"]
     assert rows["other"]["notes"] == [
-        "its head, these samples: for classification of 7 classes and for classification of 3 classes; the head is "
+        "its head is for classification of 7 classes, and these samples are for classification of 3 classes: it is "
         "left out"
     ]
     assert "for segmentation of 3 classes" in rows["masks"]["notes"][0] and rows["stage3"]["notes"] == []
