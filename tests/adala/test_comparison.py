@@ -17,7 +17,7 @@ from PIL import Image
 from ranks import on_ranks
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, f1_score, jaccard_score
+from sklearn.metrics import average_precision_score, f1_score, jaccard_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from tiny_run import read_tiny_val, write_tiny_recipe, write_tiny_shards
 from tiny_scenes import IGNORED, NUM_CLASSES, write_scene_recipe
@@ -155,6 +155,33 @@ def test_the_grid_of_rates_is_told(tiny: Path, tmp_path: Path) -> None:
     assert list(found.measures[TEACHER]) == ["probe_top1"]
     (single,) = [compare(plan, contenders, protocol("probe"), tmp_path)]
     assert "chosen_rates" not in single.details
+
+
+@torch.no_grad()
+def test_of_many_classes_the_best_five_are_scored_too(tmp_path: Path) -> None:
+    rng, samples = np.random.default_rng(0), []
+    for number in range(56):
+        pixels = rng.integers(0, 150, (16, 16, 3), dtype=np.uint8)
+        pixels[..., number % 3] += np.uint8(number % 7 * 5)
+        samples.append({"png": Image.fromarray(pixels), "cls": number % 7})
+    plan = plan_of(recipe_of_images(tmp_path, train=samples[:40], val=samples[40:]), "--stage3.task.num_classes=7")
+    tuned = export(plan, tmp_path / "tuned", 1, {"name": "classification", "num_classes": 7})
+    contenders = contenders_of(plan, tuned=tuned)
+    found = compare(plan, contenders, protocol("probe", "head"), tmp_path / "store")
+    (train_images, train_labels), (images, labels) = (read_tiny_val(tmp_path / "shards", of) for of in ("train", "val"))
+    for name, one in contenders.items():
+        train, held_out = standardised(*(pooled(one.model, each, "cls_patch") for each in (train_images, images)))
+        linear = LogisticRegression(C=1 / (40 * 1e-2), tol=1e-6, max_iter=2000).fit(train, train_labels)
+        logits = {"probe": linear.decision_function(held_out)}
+        if one.head is not None:
+            logits["head"] = one.head(one.model(images), one.model.token_layout(images)).numpy()
+        expected = {
+            f"{kind}_top{k}": 100 * top_k_accuracy_score(labels, scores, k=k, labels=range(7))
+            for kind, scores in logits.items()
+            for k in (1, 5)
+        }
+        assert found.measures[name] == pytest.approx(expected), name
+        assert expected["probe_top1"] < expected["probe_top5"] < 100
 
 
 def recipe_of_images(folder: Path, **splits: Sequence[Mapping[str, Any]]) -> Path:
@@ -707,12 +734,11 @@ def test_samples_of_two_folders_of_one_name_keep_their_labels(tmp_path: Path) ->
         samples = [{"png": noise(100 * number + each), "cls": (each + number) % 3} for each in range(10)]
         write_shards(samples, tmp_path / f"of{number}", "val", samples_per_shard=10)
         folders.append(str(tmp_path / f"of{number}" / "val-*.tar"))
-    recipe = write_tiny_recipe(tmp_path)
-    found = []
-    for store, workers in (("a", 0), ("b", 2), ("a", 2)):
+    recipe, found = write_tiny_recipe(tmp_path), []
+    for store, workers, names in (("a", 0, [TEACHER]), ("a", 2, [TEACHER, "linearized"]), ("b", 2, ["linearized"])):
         plan = plan_of(recipe, f"--data.val=[{','.join(folders)}]", f"--data.num_workers={workers}")
-        contenders = {TEACHER: build_teacher_contender(plan.model)}
-        if store == "a" and workers:
-            contenders |= contenders_of(plan)
-        found.append(compare(plan, contenders, protocol("knn"), tmp_path / store).measures[TEACHER])
-    assert found[0] == found[1] == found[2]
+        contenders = {name: one for name, one in contenders_of(plan).items() if name in names}
+        asked = protocol("knn", "probe", knn=KnnConfig(k=[1, 3, 7]))
+        found.append(compare(plan, contenders, asked, tmp_path / store).measures)
+    assert found[0][TEACHER] == found[1][TEACHER]
+    assert found[1]["linearized"] == found[2]["linearized"]
