@@ -65,7 +65,7 @@ class FeatureCollector:
         parts = gather_objects((self._values, self._labels))
         values = [value for of_rank, _ in parts for value in of_rank]
         if not values:
-            raise SharedError("no labelled sample can be used: name other shards in data.val or evaluation.probe_train")
+            raise SharedError("no labelled sample can be used: name other shards in stage3.train_data or data.train")
         return Features(torch.cat(values), torch.cat([labels for _, of_rank in parts for labels in of_rank]))
 
 
