@@ -1,6 +1,5 @@
 """What the pages say is so: commands and examples run, options, names and links are those of the code."""
 
-import ast
 import dataclasses
 import json
 import os
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from tiny_teacher import TINY_ARGS, build_tiny_teacher
 
 from adala.config import RECIPE_FOLDER, Recipe, parse_command
 from adala.data import load_index
@@ -24,10 +25,12 @@ from adala.data.images import IMAGE_FIELDS
 from adala.data.labels import JSON_KEYS, LABEL_FIELDS, LABELS_FIELDS, LABELS_JSON_KEYS
 from adala.data.masks import MASK_FIELDS, MaskFormat
 from adala.evaluation_command import build_evaluation_parser, parse_evaluation
+from adala.export import StudentDescription, save_student
 from adala.heads import SEGMENTATION_HEADS
 from adala.protocol import DEFAULT_PROTOCOL, PROTOCOL_FOLDER, load_protocol
 from adala.rules import MEASURES
-from adala.tasks import resolve_task
+from adala.students import linearize
+from adala.tasks import describe_task, resolve_task
 from adala.tasks.registry import BUILT_IN
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -176,13 +179,34 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in headings(there.read_text(encoding="utf-8")), target
 
 
-def test_python_on_the_pages_names_what_there_is() -> None:
-    """Parses every example, and imports what it imports of the project."""
-    for page, text in PAGES.items():
-        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-            for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "adala":
-                    module = __import__(node.module, fromlist=[alias.name for alias in node.names])
-                    assert all(hasattr(module, alias.name) for alias in node.names), (page, node.module)
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "adala":
-                    assert hasattr(__import__("adala"), node.attr), (page, node.attr)
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, which the test runs in, with a student without and one with a head, and a picture."""
+    task, student = resolve_task("segmentation")(3), linearize(build_tiny_teacher(), "linear")
+    of_student = StudentDescription(
+        "vit_tiny_patch16_224", TINY_ARGS, [16, 16], "linear", {}, [], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+    )
+    save_student(tmp_path / "runs/mine/stage2", student.state_dict(), of_student)
+    tuned = dataclasses.replace(of_student, task=describe_task(task))
+    save_student(tmp_path / "runs/mine/stage3", student.state_dict(), tuned, task.build_head(student).state_dict())
+    Image.new("RGB", (40, 30)).save(tmp_path / "street.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_python(page: str, **names: Any) -> dict[str, Any]:
+    """What the names of a page's first example stand for in the end."""
+    exec(re.search(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)[1], names)
+    return names
+
+
+def test_the_python_of_the_readme_runs(runs: Path) -> None:
+    found = run_python("README.md", images=torch.zeros(2, 3, 24, 16), timm_model=build_tiny_teacher(depth=12))
+    assert found["features"].shape == (2, 1 + 6 * 4, 32)
+    assert found["model"](torch.zeros(2, 3, 16, 16)).shape == (2, 3, 16, 16)
+
+
+def test_the_python_of_the_page_on_tasks_runs(runs: Path) -> None:
+    found = run_python("docs/TASKS.md")
+    assert (found["images"].shape, found["scores"].shape) == ((1, 3, 16, 16), (1, 3, 16, 16))
+    assert torch.equal(found["classes"], found["scores"].argmax(1))
