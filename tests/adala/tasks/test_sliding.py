@@ -1,6 +1,7 @@
 """Windows that slide over an image, against a loop over its pixels."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def test_windows_cover_a_side_from_its_beginning_to_its_end(window: int, beyond:
     length = window + beyond
     starts = window_starts(length, window, overlap)
     assert starts[0] == 0 and starts[-1] == length - window
-    steps = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    steps = [later - earlier for earlier, later in pairwise(starts)]
     stride = max(1, int(window * (1 - overlap)))
     # The last window alone may come sooner.
     assert all(step == stride for step in steps[:-1]) and all(0 < step <= stride for step in steps[-1:])
