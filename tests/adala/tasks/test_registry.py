@@ -147,7 +147,7 @@ def test_a_task_of_another_package_is_found_by_its_name(install) -> None:
         read_task({"name": "depth"})
     with pytest.raises(ValueError, match="task depth: largest is 'far': it must be a finite number"):
         read_task({"name": "depth", "largest": "far"})
-    with pytest.raises(ValueError, match="unknown task 'detection': known are .*segmentation, depth$"):
+    with pytest.raises(ValueError, match=r"unknown task 'detection': known are .*segmentation, depth$"):
         resolve_task("detection")
 
 
@@ -235,7 +235,7 @@ def test_a_whole_task_on_the_command_line_takes_the_recipes_place() -> None:
     assert recipe.stage3.task == {"name": "segmentation", "num_classes": 3}
     recipe = load_recipe("tiny", ["--stage3.task={name: segmentation, num_classes: 3}", "--stage3.task.head=pmt"])
     assert recipe.stage3.task == {"name": "segmentation", "num_classes": 3, "head": "pmt"}
-    with pytest.raises(ValueError, match="stage3.task is segmentation: it must be a mapping"):
+    with pytest.raises(ValueError, match=r"stage3.task is segmentation: it must be a mapping"):
         load_recipe("tiny", ["--stage3.task", "segmentation"])
 
 
@@ -268,5 +268,5 @@ def test_a_mistake_in_the_task_is_told_with_its_key() -> None:
     from adala.plan import read_stage_task
 
     recipe = load_recipe("tiny", ["--stage3.task.num_clases", "4"])
-    with pytest.raises(ValueError, match="^stage3.task: task classification: it has no option 'num_clases', but"):
+    with pytest.raises(ValueError, match=r"^stage3.task: task classification: it has no option 'num_clases', but"):
         read_stage_task(recipe)

@@ -1,4 +1,4 @@
-"""Segmentation: metrics against scikit-learn and torchmetrics, the loss however a batch is cut, three ways to predict."""
+"""Segmentation: metrics against scikit-learn and torchmetrics, a loss however a batch is cut, ways to predict."""
 
 from collections.abc import Iterator
 
