@@ -68,7 +68,7 @@ class FeatureCollector:
         parts = gather_objects((self._values, self._labels, self._ids))
         values, labels, ids = ([one for of_rank in kind for one in of_rank] for kind in zip(*parts, strict=True))
         if not values:
-            raise SharedError("no labelled sample can be used: name other shards in data.val or evaluation.probe_train")
+            raise SharedError("no labelled sample can be used: name other shards in stage3.train_data or data.train")
         order = sorted(range(len(ids)), key=ids.__getitem__)
         return Features(torch.cat(values)[order], torch.cat(labels)[order])
 
