@@ -210,3 +210,10 @@ def test_the_python_of_the_page_on_tasks_runs(runs: Path) -> None:
     found = run_python("docs/TASKS.md")
     assert (found["images"].shape, found["scores"].shape) == ((1, 3, 16, 16), (1, 3, 16, 16))
     assert torch.equal(found["classes"], found["scores"].argmax(1))
+
+
+def test_tests_that_pages_name_are_there() -> None:
+    for page, text in PAGES.items():
+        for name, function in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text):
+            found = [path.read_text(encoding="utf-8") for path in (PROJECT / "tests").rglob(name)]
+            assert any(f"def {function}(" in source for source in found) if function else found, (page, name, function)
