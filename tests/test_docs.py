@@ -212,6 +212,13 @@ def test_the_python_of_the_page_on_tasks_runs(runs: Path) -> None:
     assert torch.equal(found["classes"], found["scores"].argmax(1))
 
 
+def test_the_task_on_the_page_is_the_one_that_is_tested() -> None:
+    source = (PROJECT / "tests/fixtures/depth_task.py").read_text(encoding="utf-8")
+    section = TASKS.partition("## A task of your own")[2]
+    assert re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1] == source
+    assert len(source.splitlines()) <= 60
+
+
 def test_tests_that_pages_name_are_there() -> None:
     for page, text in PAGES.items():
         for name, function in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text):
