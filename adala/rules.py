@@ -71,6 +71,13 @@ def _are_texts(value: Any) -> bool:
     return _is_list(value) and all(map(_is_text, value))
 
 
+def with_text_keys(value: Any) -> Any:
+    """A value whose mappings have texts for whole numbers as keys, as JSON has them."""
+    if isinstance(value, dict):
+        return {str(key) if type(key) is int else key: with_text_keys(below) for key, below in value.items()}
+    return [with_text_keys(each) for each in value] if _is_list(value) else value
+
+
 def _is_json(value: Any) -> bool:
     """A mapping that the record of a run can hold."""
     try:

@@ -24,6 +24,7 @@ from adala.data.masks import MaskFormat, check_mask, read_mask
 from adala.data.tars import Fields
 from adala.distributed import SharedError
 from adala.heads import build_segmentation_head, semantic_logits
+from adala.rules import with_text_keys
 from adala.tasks.base import Prediction, Task
 from adala.tasks.mask_loss import mask_classification_loss
 from adala.tasks.sliding import slide
@@ -91,6 +92,7 @@ class Segmentation(Task):
     window_overlap: float = 1 / 3
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", with_text_keys(self.mask))
         super().__post_init__()
         form = self.mask_format
         if form.ignore_index < self.num_classes:

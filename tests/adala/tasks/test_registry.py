@@ -239,7 +239,6 @@ def test_a_whole_task_on_the_command_line_takes_the_recipes_place() -> None:
         load_recipe("tiny", ["--stage3.task", "segmentation"])
 
 
-@pytest.mark.xfail(strict=True, reason="of options two levels below a mapping the parser keeps the last one only")
 def test_several_options_below_one_another_are_all_kept(tmp_path: Path) -> None:
     """Beside what the recipe says."""
     task = {"name": "segmentation", "num_classes": 2, "head_options": {"over_ranks": False}}
@@ -251,7 +250,6 @@ def test_several_options_below_one_another_are_all_kept(tmp_path: Path) -> None:
     assert found["mask"] == {"ignore_index": 9} and found["head"] == "pmt"
 
 
-@pytest.mark.xfail(strict=True, reason="a recipe's mappings may have texts as keys only")
 def test_a_label_map_of_ones_own_stands_in_a_recipe_as_its_page_says(tmp_path: Path) -> None:
     """docs/DATA.md: with numbers to the left."""
     path = tmp_path / "mine.yaml"
