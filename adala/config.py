@@ -164,11 +164,11 @@ class EvaluationConfig(Checked):
     monitor_samples: int = 1000
     """Held-out samples that a stage is evaluated on while it trains (the first ones, in shard order)."""
     probe_train: list[str] | str | None = None
-    """Labelled shards that the linear probe is fitted on; null takes data.train."""
+    """Shards with targets that probes and frozen heads are fitted on; null takes data.train."""
     probe_samples: int = 4000
-    """How many of them (the first ones, in shard order)."""
+    """How many of them for the table at the end of a run (the first ones, in shard order)."""
     probe_l2: float = 1e-3
-    """L2 penalty of the linear probe on standardised features, per sample."""
+    """L2 penalty of that table's linear probe on standardised features, per sample."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What the values of a recipe may be, by key: checked as a section is made, with a sentence that says what is right."""
+"""What the values of recipes, protocols and tasks may be, by key: checked as a section is made, with a sentence that
+says what is right."""
 
 import dataclasses
 import json

@@ -1,21 +1,27 @@
 """What each mechanism keeps of its teacher: every one adapted with the same data, budget and seed, and scored."""
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from command import TrainingFailed, resolved_recipe, run_training
 from results import AccuracyRow
 
 from adala.attention import resolve_mechanism
-from adala.build import build_scorer, build_teacher
+from adala.comparison import Comparer, Measures
 from adala.config import Recipe, load_recipe
+from adala.contenders import TEACHER, Contender, build_teacher_contender, load_contender
 from adala.conversion import STAGE_NAMES
-from adala.distributed import device, say
-from adala.evaluation import Candidate, Scorer
-from adala.export import load_task_model, load_student
+from adala.distributed import say
+from adala.evaluation import FeatureStore
 from adala.files import remove_tree
-from adala.plan import conversion_of, resolve_run, run_folder
+from adala.pipeline import table_protocol
+from adala.plan import RunPlan, conversion_of, resolve_run, run_folder
+
+# Measures of models by name, the teacher first.
+Compare = Callable[[Mapping[str, Contender]], dict[str, Measures]]
 
 
 def conversion_names(mechanism: str) -> list[str]:
@@ -55,14 +61,22 @@ def train_stage(arguments: Sequence[str], number: int, steps: int) -> None:
         raise TrainingFailed(f"stage {number}: {error}") from error
 
 
-def adapt(row: AccuracyRow, arguments: Sequence[str], total_images: int, scorer: Scorer) -> None:
+def compare(plan: RunPlan, store: FeatureStore, contenders: Mapping[str, Contender]) -> dict[str, Measures]:
+    """Measures by model, as the training command's own table has them."""
+    return Comparer(contenders, plan.data, plan.evaluation, table_protocol(plan.recipe), store).compare().measures
+
+
+def adapt(
+    row: AccuracyRow, arguments: Sequence[str], total_images: int, teacher: Contender, measure: Compare
+) -> None:  # fmt: skip
     """Trains all stages of a row and fills in its scores.
 
     Args:
         row: Mechanism and conversion are those of ``arguments``.
         arguments: Of the training command.
         total_images: Training images over all stages.
-        scorer: Of the recipe's held-out data.
+        teacher: Of the recipe.
+        measure: Scores models on the recipe's held-out data.
 
     Raises:
         TrainingFailed: A stage did.
@@ -76,12 +90,11 @@ def adapt(row: AccuracyRow, arguments: Sequence[str], total_images: int, scorer:
     remove_tree(run.path)
     for number, count in steps.items():
         train_stage(arguments, number, count)
+    students = {number: load_contender(run.stage(number).path) for number in (2, 3) if number in steps}
+    found = measure({TEACHER: teacher, **{f"stage {number}": student for number, student in students.items()}})
     if 2 in steps:
-        aligned = scorer.score(Candidate(load_student(run.stage(2).path).to(device())))
-        row.aligned_top1, row.aligned_cosine = aligned.value, aligned.metrics["feature_cosine"]
-    tuned = load_task_model(run.stage(3).path).to(device())
-    score = scorer.score(Candidate(tuned.student, tuned.head, tuned.task))
-    row.top1, row.feature_cosine = score.value, score.metrics["feature_cosine"]
+        row.aligned_top1, row.aligned_cosine = found["stage 2"]["probe_top1"], found["stage 2"]["feature_cosine"]
+    row.top1, row.feature_cosine = found["stage 3"]["head_top1"], found["stage 3"]["feature_cosine"]
     if row.teacher_top1:
         row.kept = row.top1 / row.teacher_top1
 
@@ -112,24 +125,32 @@ def measure_accuracy(
     shared = ["--recipe", resolved_recipe(recipe_name), *(f"--{text}" for text in overrides)]
     shared += ["--runs_dir", str(folder.resolve()), "--tensorboard", "false"]
     plan = resolve_run(load_recipe(shared[1], shared[2:]), ())
-    teacher = build_teacher(plan.model.teacher)
-    scorer = build_scorer(plan.data, plan.evaluation, teacher)
-    teacher_top1 = scorer.score(Candidate(teacher)).value
-    if teacher_top1 is None:
-        raise ValueError("accuracy needs labels, and the samples of data.val or data.train have none")
-    say(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %")
-    rows = []
-    for mechanism, name in [(each, name) for each in mechanisms for name in conversion_names(each)]:
-        row = AccuracyRow(mechanism, name, teacher_top1=teacher_top1)
-        rows.append(row)
-        own = ["--mechanism", mechanism, "--conversion", name, "--run_name", f"{mechanism}-{name}"]
-        started = time.monotonic()
-        try:
-            adapt(row, [*shared, *own], total_images, scorer)
-        except (ValueError, RuntimeError, OSError) as error:
-            row.error = " ".join(str(error).split())
-        row.seconds = round(time.monotonic() - started, 1)
-        said = row.error or f"top-1 {row.top1:.2f} %, cosine {row.feature_cosine:.4f}"
-        say(f"accuracy: {mechanism:>14} {name:>6}  {said}  [{row.seconds:.0f} s]")
-        keep(rows)
+    teacher, rows = build_teacher_contender(plan.model), []
+    # One store for all adaptations: the teacher's features are computed once.
+    with tempfile.TemporaryDirectory() as features:
+        measure = partial(compare, plan, FeatureStore(Path(features)))
+        teacher_top1 = measure({TEACHER: teacher})[TEACHER].get("probe_top1")
+        if teacher_top1 is None:
+            raise ValueError("accuracy needs labels, and the samples of data.val or data.train have none")
+        say(f"accuracy: the teacher's linear probe is at {teacher_top1:.2f} %")
+        for mechanism, name in [(each, name) for each in mechanisms for name in conversion_names(each)]:
+            row = AccuracyRow(mechanism, name, teacher_top1=teacher_top1)
+            rows.append(row)
+            own = ["--mechanism", mechanism, "--conversion", name, "--run_name", f"{mechanism}-{name}"]
+            _adapt_timed(row, [*shared, *own], total_images, teacher, measure)
+            keep(rows)
     return rows
+
+
+def _adapt_timed(
+    row: AccuracyRow, arguments: Sequence[str], total_images: int, teacher: Contender, measure: Compare
+) -> None:
+    """:func:`adapt`, of which a failure goes into the row."""
+    started = time.monotonic()
+    try:
+        adapt(row, arguments, total_images, teacher, measure)
+    except (ValueError, RuntimeError, OSError) as error:
+        row.error = " ".join(str(error).split())
+    row.seconds = round(time.monotonic() - started, 1)
+    said = row.error or f"top-1 {row.top1:.2f} %, cosine {row.feature_cosine:.4f}"
+    say(f"accuracy: {row.mechanism:>14} {row.conversion:>6}  {said}  [{row.seconds:.0f} s]")

@@ -14,7 +14,6 @@ from tiny_stage import build_tiny_stage, plan_stage
 from adala.build import (
     build_evaluation_loader,
     build_monitor_loader,
-    build_scorer,
     build_teacher,
     build_train_loader,
     find_start,
@@ -233,16 +232,6 @@ def test_loaders_follow_the_plan(recipe: Path) -> None:
     unlabelled = plan_stage(recipe, 2)
     assert all("label" not in batch for batch in build_monitor_loader(unlabelled))
     assert "label" not in next(iter(build_train_loader(unlabelled)))
-
-
-def test_a_scorer_follows_the_plan(recipe: Path) -> None:
-    plan = resolve_run(load_recipe(str(recipe), ["--evaluation.probe_samples=21", "--evaluation.probe_l2=0.5"]), (3,))
-    scorer = build_scorer(plan.data, plan.evaluation, build_teacher(plan.model.teacher))
-    assert scorer.probe_l2 == 0.5
-    assert sum(len(batch["id"]) for batch in scorer.probe_train) == 21
-    assert sum(len(batch["id"]) for batch in scorer.held_out) == 14
-    unlabelled = dataclasses.replace(plan.evaluation, probe_train=None)
-    assert build_scorer(plan.data, unlabelled, scorer.teacher).probe_train is None
 
 
 def test_a_stage_trains_at_an_image_size_of_its_own(recipe: Path) -> None:

@@ -19,7 +19,7 @@ from launch import PATIENCE_S, PROJECT, environment
 from tiny_run import write_tiny_recipe
 from torch.utils.data import DataLoader, Dataset
 
-from adala import failures, pipeline
+from adala import commands, failures, pipeline
 from adala.attention import registry
 
 TRAIN = PROJECT / "launchers" / "train.py"
@@ -37,7 +37,7 @@ def train():
 @pytest.fixture
 def fail(train, tmp_path: Path, monkeypatch, capfd):
     """Has the run raise an error: the command's status and the one line that it says."""
-    monkeypatch.setattr(train, "init_distributed", lambda: None)
+    monkeypatch.setattr(commands, "init_distributed", lambda: None)
     temporary = functools.partial(tempfile.mkstemp, dir=tmp_path / "temporary")
     monkeypatch.setattr(failures.tempfile, "mkstemp", temporary)
     (tmp_path / "temporary").mkdir()
