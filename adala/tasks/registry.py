@@ -45,8 +45,13 @@ def resolve_task(name: str) -> type[Task]:
 
 def describe_task(task: Task) -> dict[str, Any]:
     """A task as JSON gives it back, every option written out; :func:`read_task` makes the task of it."""
-    # What a mapping has as numbers to the left is text there: it must compare equal with what is read from a file.
-    return json.loads(json.dumps({"name": task.name, **dataclasses.asdict(task)}))
+    return _as_json_gives_it_back({"name": task.name, **dataclasses.asdict(task)})
+
+
+def _as_json_gives_it_back(value: dict[str, Any]) -> dict[str, Any]:
+    # What a mapping has as numbers to the left is text there: what a recipe says, and what a file says that was made of
+    # it, must be the same.
+    return json.loads(json.dumps(value))
 
 
 def read_task(description: Mapping[str, Any]) -> Task:
@@ -69,7 +74,7 @@ def read_task(description: Mapping[str, Any]) -> Task:
     if missing is not None:
         raise ValueError(f"task {name}: it needs the option {missing!r}")
     try:
-        return task_class(**options)
+        return task_class(**_as_json_gives_it_back(options))
     except ValueError as error:
         raise ValueError(f"task {name}: {error}") from error
 

@@ -52,9 +52,11 @@ def test_every_option_of_every_task_is_tried() -> None:
 
 
 def test_numbers_of_a_label_map_may_be_texts() -> None:
-    """As JSON has them."""
+    """As JSON has them; or numbers, as YAML has them."""
     task = read_task({"name": "segmentation", **FULL["segmentation"]})
     assert task.mask_format.table() == {7: 0, 8: 1, 9: 2, 0: 255}
+    in_yaml = {"label_map": {7: 0, 8: 1, 9: 2, 0: 255}, "ignore_index": 255}
+    assert read_task({"name": "segmentation", **FULL["segmentation"], "mask": in_yaml}) == task
     colours = {"encoding": "rgb", "colors": [[0, 0, 0], [128, 0, 0], [0, 128, 0]]}
     task = read_task({"name": "segmentation", "num_classes": 3, "mask": colours})
     assert read_task(describe_task(task)).mask_format == task.mask_format
