@@ -1,12 +1,14 @@
 """What can be compared: a run's teacher, its linearization as it stands, and exported students with their heads."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from adala.attention import resolve_mechanism
 from adala.build import build_teacher, unaligned_student
 from adala.distributed import device
 from adala.export import WEIGHTS, load_student, load_task_model, read_description
@@ -23,7 +25,8 @@ class Contender:
 
     Attributes:
         model: Gives features (B, N, D); in eval mode, on the device.
-        identity: What its features depend on: ``weights``, a digest, and ``model``, how it is built.
+        identity: What its features depend on: ``weights``, a digest, ``model``, how it is built, and ``code``, a digest
+            of what computes its attention, which somebody may be at work on.
         origin: In words.
         mechanism: Of its attention.
         head: Of a fine-tuned student, for ``task``.
@@ -42,7 +45,7 @@ def build_teacher_contender(plan: ModelPlan) -> Contender:
     """The frozen softmax model."""
     teacher = plan.teacher
     described = {"name": teacher.name, "model_args": teacher.model_args, "image_size": list(teacher.image_size)}
-    identity = {"weights": teacher.digest, "model": described}
+    identity = {"weights": teacher.digest, "model": described, "code": _code_digest("softmax")}
     return Contender(build_teacher(teacher).eval(), identity, f"{teacher.name}, weights {teacher.digest}", "softmax")
 
 
@@ -55,7 +58,8 @@ def linearize_contender(plan: ModelPlan, teacher: Contender) -> Contender:
         "keep": student.keep,
         "seed": plan.seed,
     }
-    identity = {**teacher.identity, "model": {**teacher.identity["model"], **replaced}}
+    code = _code_digest(student.mechanism)
+    identity = {**teacher.identity, "model": {**teacher.identity["model"], **replaced}, "code": code}
     model = unaligned_student(plan, teacher.model).eval()
     return Contender(model, identity, "the teacher, linearized and not trained", student.mechanism)
 
@@ -76,5 +80,12 @@ def load_contender(folder: Path, with_head: bool = True) -> Contender:
         model = load_student(folder).to(device())
     # Two heads on one backbone have the same features.
     backbone = {key: value for key, value in dataclasses.asdict(described).items() if key != "task"}
-    identity = {"weights": digest, "model": backbone}
+    identity = {"weights": digest, "model": backbone, "code": _code_digest(described.mechanism)}
     return Contender(model, identity, f"{folder}, weights {digest}", described.mechanism, *parts)
+
+
+def _code_digest(mechanism: str) -> str:
+    """Of the file that a mechanism's class is written in; its name where there is none."""
+    mixer = resolve_mechanism(mechanism)
+    path = inspect.getsourcefile(mixer)
+    return file_digest(Path(path)) if path is not None and Path(path).is_file() else mixer.__qualname__

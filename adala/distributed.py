@@ -217,11 +217,6 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 # Whether rank 0 is alone with what it does.
 _on_one_rank = False
 
@@ -229,6 +224,12 @@ _on_one_rank = False
 def _check_collective() -> None:
     """What all ranks do together must not be asked of one, which would wait for ever. Told on a single rank, too."""
     assert not _on_one_rank, "a collective within from_rank_0"
+
+
+def barrier() -> None:
+    _check_collective()
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -290,6 +291,7 @@ def from_rank_0(action: Callable[[], Result]) -> Result:
         SharedError: The action raised a ValueError or an OSError.
     """
     global _on_one_rank
+    _check_collective()
     result, error = None, None
     if rank() == 0:
         _on_one_rank = True

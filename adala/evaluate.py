@@ -1,7 +1,7 @@
 """The evaluation command: from a command line to a table, a document and pictures."""
 
-import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adala.backbones import check_image_size
 from adala.build import build_evaluation_loader
-from adala.comparison import Comparer, Comparison
+from adala.comparison import BASELINES, Comparer, Comparison
 from adala.contenders import (
     LINEARIZED,
     TEACHER,
@@ -20,7 +21,7 @@ from adala.contenders import (
     load_contender,
 )
 from adala.distributed import device, from_rank_0, say
-from adala.evaluation import FeatureStore
+from adala.evaluation import FeatureStore, raising_together
 from adala.evaluation.token_rows import token_parts
 from adala.evaluation_command import EvaluationCommand
 from adala.evaluation_pictures import as_png, block_error_picture, mask_pictures, pca_pictures
@@ -40,11 +41,18 @@ from adala.tasks import describe_task
 
 # Held-out images in each picture.
 SHOWN = 4
+# What a folder's row must not be called.
+TAKEN = (TEACHER, LINEARIZED, *BASELINES)
 
 
 def output_folder(command: EvaluationCommand) -> Path:
     """Where the results of an evaluation lie."""
     return command.out or run_folder(command.recipe).path / "evaluation"
+
+
+def cache_folder(command: EvaluationCommand) -> Path:
+    """Where features are kept, for evaluations of all runs of a folder."""
+    return command.cache or Path(command.recipe.runs_dir).expanduser() / "features"
 
 
 def run_evaluation(command: EvaluationCommand) -> None:
@@ -53,68 +61,78 @@ def run_evaluation(command: EvaluationCommand) -> None:
     Raises:
         ValueError: Something about recipe, data, models or protocol is wrong; the message says what to do.
     """
-    plan = resolve_run(command.recipe, ())
-    from_rank_0(partial(_check_models, command, plan))
-    contenders = _build_contenders(command, plan)
-    store = FeatureStore(command.cache or Path(command.recipe.runs_dir).expanduser() / "features")
+    plan, rows, cache = resolve_run(command.recipe, ()), name_rows(command.models), cache_folder(command)
+    from_rank_0(partial(_check_folders, {"--out": output_folder(command), "--cache": cache}))
+    from_rank_0(partial(_check_students, rows, plan))
+    with raising_together():
+        contenders = _build_contenders(rows, plan)
+    store = FeatureStore(cache)
     say(f"comparing {', '.join(contenders)} under the protocol {command.protocol.name}")
     for note in plan.notes:
         say(note)
-    evaluation, notes = plan.evaluation, _unfitting_heads(contenders, plan)
-    contenders = {name: _without_head(one) if name in notes else one for name, one in contenders.items()}
-    comparer = Comparer(contenders, plan.data, evaluation, command.protocol, store)
-    comparison = comparer.compare()
-    for name, note in notes.items():
-        comparison.notes[name].append(note)
+    if len(contenders) == 1:
+        say("there is the teacher alone: name students after --models (linearized, runs/x/stage2)")
+    comparison = Comparer(contenders, plan.data, plan.evaluation, command.protocol, store).compare()
     pictures = from_rank_0(partial(_draw, plan, contenders, comparison)) if command.pictures else []
     from_rank_0(partial(_publish, command, plan, contenders, comparison, pictures))
     say(from_rank_0(store.summary))
 
 
-def _check_models(command: EvaluationCommand, plan: RunPlan) -> None:
+def name_rows(models: Sequence[str]) -> dict[str, Path | None]:
+    """What models are called, each once and in their order: students by the shortest ends of their folders' paths that
+    tell them apart, beside those folders; the linearized teacher by its own name. The teacher is left out."""
+    students = [Path(os.path.abspath(Path(name).expanduser())) for name in models if name not in (TEACHER, LINEARIZED)]
+    folders = {os.path.realpath(folder): folder for folder in reversed(students)}
+    rows: dict[str, Path | None] = {}
+    for name in models:
+        if name == LINEARIZED:
+            rows[LINEARIZED] = None
+        elif name != TEACHER:
+            folder = folders[os.path.realpath(Path(name).expanduser())]
+            rows[_shortest_end(folder, folders.values())] = folder
+    return rows
+
+
+def _shortest_end(folder: Path, folders: Collection[Path]) -> str:
+    for count in range(1, len(folder.parts)):
+        end = folder.parts[-count:]
+        if [each.parts[-count:] for each in folders].count(end) == 1 and "/".join(end) not in TAKEN:
+            return "/".join(end)
+    return str(folder)
+
+
+def _check_folders(folders: Mapping[str, Path]) -> None:
+    """By option: what cannot be written is told before hours of computing."""
+    for option, folder in folders.items():
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{option} {folder}: {there} is no folder that can be written into")
+
+
+def _check_students(rows: Mapping[str, Path | None], plan: RunPlan) -> None:
     """What can be told of students without building them."""
-    for name in command.models:
-        if name in (TEACHER, LINEARIZED):
-            continue
-        described, view = read_description(name), plan.data.view
+    for folder in filter(None, rows.values()):
+        described, view = read_description(folder), plan.data.view
         for key in ("mean", "std"):
-            if list(getattr(described, key)) != list(getattr(view, key)):
+            theirs, ours = list(getattr(described, key)), list(getattr(view, key))
+            if theirs != ours:
                 raise ValueError(
-                    f"the student in {name} was made for images with {key} {getattr(described, key)}, this recipe has "
-                    f"{list(getattr(view, key))}: name the recipe of its run, or set data.{key}"
+                    f"the student in {folder} was made for images with {key} {theirs}, this recipe has {ours}: name "
+                    f"the recipe of its run, or set data.{key}"
                 )
 
 
-def _build_contenders(command: EvaluationCommand, plan: RunPlan) -> dict[str, Contender]:
-    """By the names they were given, the teacher first whether it was named or not."""
+def _build_contenders(rows: Mapping[str, Path | None], plan: RunPlan) -> dict[str, Contender]:
+    """By the names of their rows, the teacher first whether it was named or not."""
     teacher = build_teacher_contender(plan.model)
     contenders = {TEACHER: teacher}
-    for name in command.models:
-        if name == LINEARIZED:
-            contenders[name] = linearize_contender(plan.model, teacher)
-        elif name != TEACHER:
-            contenders[name] = load_contender(Path(name).expanduser(), with_head=True)
+    for name, folder in rows.items():
+        contenders[name] = linearize_contender(plan.model, teacher) if folder is None else load_contender(folder)
+        try:
+            check_image_size(contenders[name].model, plan.data.view.image_size)
+        except ValueError as error:
+            raise ValueError(f"the student in {folder}: {error}; set data.image_size") from error
     return contenders
-
-
-def _unfitting_heads(contenders: Mapping[str, Contender], plan: RunPlan) -> dict[str, str]:
-    """Of contenders whose heads are for another target than these samples have, why they are left out."""
-    task, found = plan.evaluation.task, {}
-    for name, one in contenders.items():
-        if one.head is not None and task is not None and not _same_target(one.task, task):
-            found[name] = (
-                f"its head is for {one.task.name} of {one.task.num_classes} classes, and these samples are for "
-                f"{task.name} of {task.num_classes}: it is left out"
-            )
-    return found
-
-
-def _same_target(ours: Any, theirs: Any) -> bool:
-    return ours.name == theirs.name and getattr(ours, "num_classes", None) == getattr(theirs, "num_classes", None)
-
-
-def _without_head(contender: Contender) -> Contender:
-    return dataclasses.replace(contender, head=None, task=None)
 
 
 def _publish(
@@ -151,15 +169,18 @@ def _publish(
 
 def _describe_data(command: EvaluationCommand, plan: RunPlan, comparison: Comparison) -> dict[str, Any]:
     config, evaluation = command.recipe, plan.evaluation
+    train = (config.evaluation.probe_train or config.data.train) if evaluation.probe_train else None
     return {
         "task": describe_task(evaluation.task) if evaluation.task else None,
         "image_size": list(plan.data.view.image_size),
-        "train": config.evaluation.probe_train or config.data.train,
+        "train": train,
         "held_out": config.data.val,
         "train_digest": index_digest(evaluation.probe_train, True) if evaluation.probe_train else None,
         "held_out_digest": index_digest(evaluation.held_out, True),
         "samples": comparison.samples,
         "unusable_held_out_samples": comparison.unusable,
+        "left_out": comparison.left_out,
+        "notes": list(plan.notes) or None,
     }
 
 
@@ -168,6 +189,8 @@ def _draw(plan: RunPlan, contenders: Mapping[str, Contender], comparison: Compar
     """Rank 0 alone: features of the first held-out images as colours, masks over them, errors by block."""
     loader = build_evaluation_loader(plan.data, plan.evaluation.held_out, SHOWN, plan.evaluation.task, alone=True)
     batches = list(loader)
+    if not batches:
+        raise ValueError("none of the first held-out samples can be drawn: leave --pictures out, or repair data.val")
     images = torch.cat([batch["image"] for batch in batches])[:SHOWN].to(device())
     view = plan.data.view
     mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
@@ -176,23 +199,22 @@ def _draw(plan: RunPlan, contenders: Mapping[str, Contender], comparison: Compar
     patches = {name: _patches(contenders[name], features[name], images) for name in contenders}
     same_width = {name: of for name, of in patches.items() if of.shape[-1] == patches[TEACHER].shape[-1]}
     caption = (
-        "Patch features as colours: one PCA, fitted on the teacher's patches of these held-out images, for all models."
+        "Patch features as colours: one PCA, fitted on the teacher's patches of these held-out images, for all models "
+        "of its width."
     )
     pictures = [Picture("features", caption, as_png(pca_pictures(shown, same_width)))]
     if comparison.blocks is not None:
         caption = "Relative error by block: of each attention alone, and as it adds up along the residual stream."
         pictures.append(Picture("blocks", caption, as_png(block_error_picture(comparison.blocks))))
-    heads = {name: (comparison.heads[name], plan.evaluation.task) for name in comparison.heads}
-    heads |= {name: (one.head, one.task) for name, one in contenders.items() if one.head is not None}
-    if batches and "mask" in batches[0] and heads:
+    task = plan.evaluation.task
+    if task is not None and task.probe == "dense" and comparison.heads:
         targets = torch.cat([batch["mask"] for batch in batches])[:SHOWN]
         predicted = {
             name: task.decision(
                 head(features[name], token_layout(contenders[name].model, images)), tuple(images.shape[-2:])
             ).cpu()
-            for name, (head, task) in heads.items()
+            for name, head in comparison.heads.items()
         }
-        task = plan.evaluation.task
         figure = mask_pictures(shown, targets, predicted, task.num_classes, task.mask_format.ignore_index)
         caption = "Masks of held-out images: the truth, then each model's, by its own head or a frozen linear one."
         pictures.append(Picture("masks", caption, as_png(figure)))

@@ -1,6 +1,8 @@
 """The command line of an evaluation: a recipe with its overrides, models, and a protocol with its own."""
 
 import functools
+import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from jsonargparse import ArgumentParser
 from adala.config import DEFAULT_RECIPE, Recipe, parse_recipe_command
 from adala.protocol import DEFAULT_PROTOCOL, Protocol, load_protocol
 
-PROTOCOL_PREFIX = "--protocol."
+OPTION = "protocol"
+PROTOCOL_PREFIX = f"--{OPTION}."
+LOCAL_RANK = "--local_rank"
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,7 @@ def build_evaluation_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str, default="", help="folder of the results (RUN/evaluation)")
     parser.add_argument("--cache", type=str, default="", help="folder where features are kept (RUNS_DIR/features)")
     parser.add_argument("--pictures", action="store_true", help="draw features, masks and errors by block")
-    parser.add_argument(
-        "--local_rank", type=int, default=0, help="set by the DeepSpeed launcher; read from RANK anyway"
-    )
+    parser.add_argument(LOCAL_RANK, type=int, default=0, help="set by the DeepSpeed launcher; read from RANK anyway")
     parser.add_class_arguments(Recipe, nested_key=None)
     return parser
 
@@ -71,17 +73,32 @@ def parse_evaluation(arguments: Sequence[str]) -> EvaluationCommand:
             key.
     """
     own, of_protocol = split_protocol_keys(arguments)
+    if sum(argument.partition("=")[0] == "--models" for argument in own) > 1:
+        raise ValueError("command line: --models stands there twice: name all models behind one")
     recipe, parsed = parse_recipe_command(build_evaluation_parser(), own)
     out, cache = (Path(given).expanduser() if given else None for given in (parsed.out, parsed.cache))
     return EvaluationCommand(
         recipe=recipe,
-        models=tuple(dict.fromkeys(parsed.models)),
-        protocol=load_protocol(parsed.protocol, of_protocol),
+        models=tuple(parsed.models),
+        protocol=_load_protocol(parsed.protocol, of_protocol),
         out=out,
         cache=cache,
         pictures=parsed.pictures,
-        text=shlex.join(["python", "launchers/evaluate.py", *_without_rank(arguments)]),
+        text=shlex.join([_program(), "launchers/evaluate.py", *_without_rank(arguments)]),
     )
+
+
+def _load_protocol(name: str, overrides: Sequence[str]) -> Protocol:
+    try:
+        return load_protocol(name, overrides)
+    except ValueError as error:
+        # Options as they were typed.
+        raise ValueError(re.sub(rf"(?<![^\s/])--(?!{OPTION})", PROTOCOL_PREFIX, str(error))) from error
+
+
+def _program() -> str:
+    """What starts one process, or several."""
+    return "deepspeed" if os.environ.get("WORLD_SIZE", "1") != "1" else "python"
 
 
 def split_protocol_keys(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -98,4 +115,10 @@ def split_protocol_keys(arguments: Sequence[str]) -> tuple[list[str], list[str]]
 
 
 def _without_rank(arguments: Sequence[str]) -> list[str]:
-    return [argument for argument in arguments if not argument.startswith("--local_rank")]
+    """Without what the launcher added."""
+    kept, is_rank = [], False
+    for argument in arguments:
+        if not is_rank and not argument.startswith(LOCAL_RANK):
+            kept.append(argument)
+        is_rank = argument == LOCAL_RANK
+    return kept

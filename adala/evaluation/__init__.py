@@ -20,6 +20,7 @@ from adala.evaluation.evaluator import (
     evaluate_all,
     evaluate_apart,
     precision,
+    raising_together,
 )
 from adala.evaluation.feature_store import FeatureStore, Field, RowWriter, StoredRows
 from adala.evaluation.features import FeatureCollector, Features, collect_features
@@ -70,4 +71,5 @@ __all__ = [
     "measure_speed",
     "precision",
     "probe",
+    "raising_together",
 ]

@@ -11,7 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adala.distributed import all_reduce_sum, device, gather_objects
+from adala.distributed import SharedError, all_reduce_sum, device, gather_objects
+from adala.evaluation.evaluator import raising_together
 from adala.similarity import comparison_metrics, comparison_sums
 
 
@@ -63,29 +64,30 @@ def measure_block_errors(
         batches: This rank's; each with ``image`` (B, 3, height, width), normalised.
 
     Raises:
-        ValueError: No rank has an image; every rank raises.
+        ValueError: No rank has an image, or reading them raised on one; every rank raises.
     """
     depth, in_float64 = len(teacher.blocks), {"dtype": torch.float64, "device": device()}
     sums = {name: torch.zeros(2 * depth + 1, 8, **in_float64) for name in students}
     squares, largest = torch.zeros(depth, teacher.embed_dim, **in_float64), torch.zeros(depth, **in_float64)
     counts = torch.zeros(2, **in_float64)
-    for batch in batches:
-        images = batch["image"].to(device())
-        calls, theirs = _trace(teacher, images)
-        streams = torch.stack(theirs[depth:-1]).double()
-        counts += counts.new_tensor([len(images), streams[0, ..., 0].numel()])
-        squares += streams.square().sum((1, 2))
-        largest = largest.maximum(streams.abs().amax((1, 2, 3)))
-        for name, student in students.items():
-            own_calls, ours = _trace(student, images)
-            # The teacher's input, but the student's arguments: the layout of the tokens is among them.
-            inputs = zip(student.blocks, calls, own_calls, strict=True)
-            alone = [block.attn(x, **arguments) for block, (x, _), (_, arguments) in inputs]
-            pairs = zip([*alone, *ours[depth:]], theirs, strict=True)
-            sums[name] += torch.stack([comparison_sums(a, b, teacher.num_prefix_tokens) for a, b in pairs])
+    with raising_together():
+        for batch in batches:
+            images = batch["image"].to(device())
+            calls, theirs = _trace(teacher, images)
+            streams = torch.stack(theirs[depth:-1]).double()
+            counts += counts.new_tensor([len(images), streams[0, ..., 0].numel()])
+            squares += streams.square().sum((1, 2))
+            largest = largest.maximum(streams.abs().amax((1, 2, 3)))
+            for name, student in students.items():
+                own_calls, ours = _trace(student, images)
+                # The teacher's input, but the student's arguments: the layout of the tokens is among them.
+                inputs = zip(student.blocks, calls, own_calls, strict=True)
+                alone = [block.attn(x, **arguments) for block, (x, _), (_, arguments) in inputs]
+                pairs = zip([*alone, *ours[depth:]], theirs, strict=True)
+                sums[name] += torch.stack([comparison_sums(a, b, teacher.num_prefix_tokens) for a, b in pairs])
     images, tokens = (int(count) for count in all_reduce_sum(counts))
     if not images:
-        raise ValueError("there is no image to compare models on: name held-out shards in data.val")
+        raise SharedError("there is no image to compare models on: name held-out shards in data.val")
     rms = (all_reduce_sum(squares) / tokens).sqrt().cpu()
     largest = torch.stack(gather_objects(largest.cpu())).amax(0)
     outliers = [_outliers(*block) for block in zip(rms, largest, strict=True)]

@@ -3,16 +3,19 @@
 Shapes: B batch, N tokens, D embed dim.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from adala.data import View
-from adala.distributed import all_reduce_sum, device, gather_objects
+from adala.distributed import all_reduce_sum, device, gather_objects, raise_together
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.students import token_layout
 from adala.tasks import Prediction, Task
@@ -76,11 +79,26 @@ class Evaluator:
         total = all_reduce_sum(torch.stack([count, *self._comparison, *scalars]))
         self._images, self._comparison = int(total[0]), total[1:9]
         self._scalars = dict(zip(names, total[9:], strict=True))
+        self._shape_empty_states()
+
+    def _shape_empty_states(self) -> None:
+        """Gives a rank that saw no sample states of the other ranks' shapes: torchmetrics would send those of others,
+        at which the collective crashes."""
+        states = {
+            (name, state): (values[0].dtype, values[0].shape[1:])
+            for name, metric in self._metrics.items()
+            for state, values in metric.metric_state.items()
+            if isinstance(values, list) and values
+        }
+        for of_rank in gather_objects(states):
+            for (name, state), (dtype, shape) in of_rank.items():
+                if (name, state) not in states:
+                    setattr(self._metrics[name], state, [torch.empty((0, *shape), dtype=dtype, device=device())])
 
     def compute(self) -> dict[str, float]:
         """The metrics, after :meth:`reduce`; the task's reduce themselves."""
         metrics = {name: float(total) / self._images for name, total in self._scalars.items()}
-        metrics |= {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        metrics |= compute_metrics(self._metrics)
         if self._comparison[1] > 0:
             compared = comparison_metrics(self._comparison, self._has_class_token)
             metrics |= {name: float(value) for name, value in compared.items()}
@@ -90,6 +108,14 @@ class Evaluator:
         """:meth:`reduce`, then :meth:`compute`."""
         self.reduce()
         return self.compute()
+
+
+def compute_metrics(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Values of a task's metrics."""
+    with warnings.catch_warnings():
+        # Of ranks without a sample and classes without a positive one, which tasks see to themselves.
+        warnings.simplefilter("ignore", UserWarning)
+        return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -108,12 +134,15 @@ class Candidate:
     task: Task | None = None
     collectors: Sequence[Collector] = ()
 
-    def outputs(self, batch: Batch, images: Tensor, teacher: VisionTransformer, teacher_features: Tensor) -> Outputs:
+    def outputs(
+        self, batch: Batch, images: Tensor, teacher: VisionTransformer | None, teacher_features: Tensor | None
+    ) -> Outputs:
         """What an :class:`Evaluator` reads, of a batch whose images are on the device."""
         # Comparing the teacher with itself need not run it twice.
         features = teacher_features if self.model is teacher else self.model(images)
         outputs = {"features": features}
-        if features.shape == teacher_features.shape:  # another backbone may have others
+        # Another backbone may have features of another shape.
+        if teacher_features is not None and features.shape == teacher_features.shape:
             outputs["teacher_features"] = teacher_features
         if self.head is not None:
             decision = self.task.decision(
@@ -127,6 +156,22 @@ class Candidate:
         return self.head(self.model(images), token_layout(self.model, images))
 
 
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """What one rank raises within, all raise at the end: none waits for a rank that is gone, nor takes what that one
+    has to say for an answer. Every rank enters it, and there is no collective within.
+
+    Raises:
+        ValueError: See above; also for an OSError.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = raised
+    raise_together(error)
+
+
 def precision(autocast: torch.dtype | None) -> torch.autocast:
     """A context in which models compute in ``autocast``, or as their weights are."""
     return torch.autocast(device().type, autocast, enabled=autocast is not None)
@@ -135,7 +180,7 @@ def precision(autocast: torch.dtype | None) -> torch.autocast:
 @torch.no_grad()
 def evaluate_all(
     candidates: Mapping[str, Candidate],
-    teacher: VisionTransformer,
+    teacher: VisionTransformer | None,
     batches: Iterable[Batch],
     autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -145,22 +190,26 @@ def evaluate_all(
 
     Args:
         candidates: By name.
-        teacher: What they are compared with.
+        teacher: What they are compared with; None compares them with nothing.
         batches: This rank's part of the data.
         autocast: See :func:`precision`.
+
+    Raises:
+        ValueError: What reading the data or a collector raised on one rank; every rank raises.
     """
     evaluators = {
         name: Evaluator(one.model, one.task if one.head is not None else None, one.collectors)
         for name, one in candidates.items()
     }
-    for batch in batches:
-        images = batch["image"].to(device())
-        with precision(autocast):
-            teacher_features = teacher(images)
-        for name, candidate in candidates.items():
+    with raising_together():
+        for batch in batches:
+            images = batch["image"].to(device())
             with precision(autocast):
-                outputs = candidate.outputs(batch, images, teacher, teacher_features)
-            evaluators[name].update(outputs, batch)
+                teacher_features = None if teacher is None else teacher(images)
+            for name, candidate in candidates.items():
+                with precision(autocast):
+                    outputs = candidate.outputs(batch, images, teacher, teacher_features)
+                evaluators[name].update(outputs, batch)
     return {name: evaluator.total() for name, evaluator in evaluators.items()}
 
 
@@ -175,15 +224,19 @@ def evaluate_apart(
         batches: This rank's part of the data.
         view: What the models have been trained to see.
         autocast: See :func:`precision`.
+
+    Raises:
+        ValueError: What reading the data raised on one rank; every rank raises.
     """
     evaluators = {name: Evaluator(one.model, one.task) for name, one in candidates.items()}
-    for batch in batches:
-        images = batch["image"].to(device())
-        for name, candidate in candidates.items():
-            target = candidate.task.target(batch, device())
-            with precision(autocast):
-                decision = candidate.task.predict(candidate.predict, images, tuple(target.shape[-2:]), view)
-            evaluators[name].update({"decision": decision, "target": target}, batch)
+    with raising_together():
+        for batch in batches:
+            images = batch["image"].to(device())
+            for name, candidate in candidates.items():
+                target = candidate.task.target(batch, device())
+                with precision(autocast):
+                    decision = candidate.task.predict(candidate.predict, images, tuple(target.shape[-2:]), view)
+                evaluators[name].update({"decision": decision, "target": target}, batch)
     return {name: evaluator.total() for name, evaluator in evaluators.items()}
 
 

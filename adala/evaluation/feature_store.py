@@ -35,7 +35,7 @@ from torch import Tensor
 from adala.data.order import evaluation_range
 from adala.distributed import from_rank_0, gather_objects, raise_together, rank, world_size
 from adala.evaluation.features import Features
-from adala.files import file_digest, read_json, remove_tree, sync_file, sync_folder, value_digest, write_json
+from adala.files import file_digest, read_json, sync_file, sync_folder, value_digest, write_json
 from adala.runs import VISIBLE_WITHIN_S
 
 # Part of every key; to be raised when features are laid out or computed in another way.
@@ -187,7 +187,7 @@ class Entry:
             self._check()
         except (ValueError, OSError, KeyError, TypeError) as error:
             logger.warning("the features in %s are damaged (%s) and will be computed again", self.path, error)
-            remove_tree(self.path)
+            discard(self.path)
             return False
         return True
 
@@ -267,7 +267,7 @@ class FeatureStore:
             self._install(entry, fields, partial, [(writer.ids, writer.places)])
         finally:
             os.close(descriptor)
-            remove_tree(partial)
+            discard(partial)
 
     def find(self, key: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, StoredRows] | None:
         """What :meth:`writing` wrote under ``key``, by field and memory-mapped; None where nothing whole is there.
@@ -320,7 +320,7 @@ class FeatureStore:
             if descriptor is not None:
                 os.close(descriptor)
             if rank() == 0:
-                remove_tree(partial)
+                discard(partial)
 
     def dense(
         self, key: Mapping[str, Any], fields: Mapping[str, Field], capacity: int, fill: Callable[[RowWriter], None]
@@ -336,13 +336,15 @@ class FeatureStore:
     def summary(self) -> str:
         """How much lies there, in a sentence."""
         entries = self._entries()
+        if not entries:
+            return f"no features lie in {self.folder}"
         mib = sum(file.stat().st_size for path in entries for file in path.iterdir()) / 2**20
         return f"{len(entries)} sets of features take {mib:.0f} MiB in {self.folder}, which may be removed"
 
     def clear(self) -> None:
         """Removes all entries, and what killed commands left; rank 0 calls it."""
         for path in self._entries():
-            remove_tree(path)
+            discard(path)
         if self.folder.exists():
             with self._locked():
                 self._remove_orphans()
@@ -413,10 +415,10 @@ class FeatureStore:
             try:
                 descriptor = os.open(partial / ROWS, os.O_RDWR)
             except FileNotFoundError:
-                remove_tree(partial)
+                discard(partial)
                 continue
             if _lock(descriptor):
-                remove_tree(partial)
+                discard(partial)
             os.close(descriptor)
 
 
@@ -429,6 +431,11 @@ def _lock(descriptor: int, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
         # Held by another one, or a file system without locks: what lies there is then left alone.
         return False
     return True
+
+
+def discard(path: Path) -> None:
+    """Removes a folder that another command may be removing, too."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def wait_until_seen(path: Path) -> None:

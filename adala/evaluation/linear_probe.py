@@ -113,7 +113,7 @@ def probe(train: Features, held_out: Features, settings: SgdSettings | LbfgsSett
         train: Features (n, F); labels (n,), or (n, C) of zeros and ones where images have several, which makes it one
             binary problem a class.
         held_out: Features (m, F), labels as in ``train``; a label that was not trained on counts as wrong.
-        settings: How to fit. L-BFGS wants one label an image.
+        settings: How to fit.
 
     Raises:
         ValueError: A set without images, labels that are no classes, too few images to choose a rate on, or no rate
@@ -334,11 +334,10 @@ def fit_probe(train: Features, num_classes: int, l2: float = 1e-3, max_iteration
     """Weight (classes, F) and bias (classes,) of a linear probe, to be applied to features as they are.
 
     Raises:
-        ValueError: A label that is not among the classes, or several labels an image.
+        ValueError: A label that is not among the classes.
     """
-    if train.labels.ndim != 1:
-        raise ValueError("L-BFGS fits one class an image: choose the probe by SGD where images have several labels")
-    _check_labels(train.labels, num_classes)
+    if train.labels.ndim == 1:
+        _check_labels(train.labels, num_classes)
     mean, std = _standardisation(train.values)
     inputs = (train.values - mean) / std
     weight, bias = fit_logistic_regression(inputs, train.labels, num_classes, l2, max_iterations)
@@ -349,7 +348,10 @@ def fit_probe(train: Features, num_classes: int, l2: float = 1e-3, max_iteration
 def fit_logistic_regression(
     inputs: Tensor, labels: Tensor, num_classes: int, l2: float = 1e-3, max_iterations: int = 200
 ) -> tuple[Tensor, Tensor]:
-    """Weight (classes, F) and bias (classes,) that minimise penalised cross-entropy on ``inputs`` (n, F)."""
+    """Weight (classes, F) and bias (classes,) that minimise penalised cross-entropy on ``inputs`` (n, F).
+
+    Of labels (n, classes) it is that of one binary problem a class, none of which has a part in another.
+    """
     inputs, labels = inputs.to(device()), labels.to(device())
     weight = torch.zeros(num_classes, inputs.shape[1], device=device(), requires_grad=True)
     bias = torch.zeros(num_classes, device=device(), requires_grad=True)
@@ -357,7 +359,7 @@ def fit_logistic_regression(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(inputs, weight, bias), labels) + l2 / 2 * weight.square().sum()
+        loss = _loss(F.linear(inputs, weight, bias), labels) + l2 / 2 * weight.square().sum()
         loss.backward()
         return loss
 

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adala.attention import TokenLayout
+from adala.attention import TokenLayout, full_precision
 from adala.evaluation.dense_probe import DenseHead
 from adala.evaluation.evaluator import precision
 from adala.evaluation.feature_store import Field, RowWriter
@@ -28,7 +28,9 @@ class FrozenHead(nn.Module):
     def forward(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Logits (B, K, h, w) of features (B, N, D)."""
         parts = token_parts(features, layout, self.has_class_token)
-        return self.head(parts["patches"], parts["cls"])
+        # As it was fitted, whatever the model computes in.
+        with full_precision(features):
+            return self.head(parts["patches"], parts["cls"])
 
 
 def token_parts(features: Tensor, layout: TokenLayout, has_class_token: bool) -> dict[str, Tensor]:

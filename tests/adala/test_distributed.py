@@ -49,3 +49,34 @@ def test_buffers_that_nobody_maps_are_removed(tmp_path: Path, monkeypatch) -> No
         assert {name for name, path in names.items() if path.exists()} == {"mapped", "young", "other"}
     distributed.remove_orphaned_buffers()
     assert {name for name, path in names.items() if path.exists()} == {"young", "other"}
+
+
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda: distributed.all_reduce_sum(torch.ones(1)),
+        lambda: distributed.any_rank(True),
+        lambda: distributed.gather_objects(1),
+        lambda: distributed.broadcast_object(1),
+        lambda: distributed.raise_together(None),
+        lambda: distributed.from_rank_0(lambda: 1),
+        distributed.barrier,
+    ],
+    ids=[
+        "all_reduce_sum",
+        "any_rank",
+        "gather_objects",
+        "broadcast_object",
+        "raise_together",
+        "from_rank_0",
+        "barrier",
+    ],
+)
+def test_a_collective_that_is_asked_of_one_rank_is_a_bug_on_a_single_rank_too(collective) -> None:
+    """On several it would wait for ever."""
+    with pytest.raises(AssertionError, match="a collective within from_rank_0"):
+        distributed.from_rank_0(collective)
+    collective()
+    with pytest.raises(ValueError, match="wrong"):
+        distributed.from_rank_0(lambda: (_ for _ in ()).throw(ValueError("wrong")))
+    collective()

@@ -1,15 +1,26 @@
-"""The Evaluator: every sample counts once, whatever the batches; and what a Scorer makes of it."""
+"""The Evaluator: every sample counts once, whatever the batches, the ranks, and the models beside."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
+from sklearn.metrics import average_precision_score
 from tiny_teacher import build_tiny_teacher
 
-from adala.distributed import rank
-from adala.evaluation import Candidate, Evaluator, FeatureCollector, Scorer, evaluate, evaluate_all
+from adala.data import View
+from adala.distributed import SharedError, rank
+from adala.evaluation import (
+    Candidate,
+    Evaluator,
+    FeatureCollector,
+    evaluate,
+    evaluate_all,
+    evaluate_apart,
+    measure_block_errors,
+)
 from adala.students import linearize
 from adala.tasks import Classification
+from adala.tasks.multilabel import Multilabel
 
 TASK = Classification(3)
 CUTS = [[6], [1, 5], [2, 2, 2]]
@@ -74,40 +85,38 @@ def test_a_model_against_its_teacher(teacher, cut: list[int]) -> None:
     assert evaluate(teacher, teacher, labelled_batches(cut))["relative_error"] == 0.0
 
 
-def test_scores_by_a_probe_and_by_a_head() -> None:
-    teacher = build_tiny_teacher()
-    student, task = linearize(teacher, "linear").eval(), TASK
-    scorer = Scorer(teacher, TASK, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
-    probed = scorer.score(Candidate(student))
-    assert probed.value == pytest.approx(100.0) and probed.metrics["feature_cosine"] < 1
-    head = task.build_head(student)
+def with_head(model: torch.nn.Module) -> Candidate:
+    head = TASK.build_head(model)
     torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
-    tuned = scorer.score(Candidate(student, head, task))
-    (whole,) = labelled_batches([6])
-    right = head(student(whole["image"])).argmax(-1) == whole["label"]
-    assert right.tolist().count(True) in range(1, 6), "a share that a mistake would change"
-    assert tuned.value == tuned.metrics["top1"] == pytest.approx(100 * right.float().mean().item())
-    assert Scorer(teacher, TASK, labelled_batches([6]), None, 1e-3).score(Candidate(student)).value is None
+    return Candidate(model, head, TASK)
 
 
-def test_all_models_are_scored_in_one_pass_as_each_alone(teacher, monkeypatch) -> None:
-    student, task = linearize(teacher, "linear").eval(), TASK
-    head = task.build_head(student)
-    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(5))
-    scorer = Scorer(teacher, TASK, labelled_batches([2, 4]), labelled_batches([6]), 1e-3)
-    candidates = {"t": Candidate(teacher), "s": Candidate(student), "tuned": Candidate(student, head, task)}
-    alone = {name: scorer.score(candidate) for name, candidate in candidates.items()}
+def test_all_models_are_scored_in_one_pass_as_each_alone(teacher) -> None:
+    student = linearize(teacher, "linear").eval()
+    candidates = {"t": Candidate(teacher), "s": Candidate(student), "tuned": with_head(student)}
+    alone = {name: evaluate_all({"": one}, teacher, labelled_batches([2, 4]))[""] for name, one in candidates.items()}
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(1))
-    assert scorer.scores(candidates) == alone
-    # Two held-out batches for all candidates together, and one that its own probe is fitted on.
-    assert len(calls) == 3
+    assert evaluate_all(candidates, teacher, labelled_batches([2, 4])) == alone
+    assert len(calls) == 2, "one for each batch"
+    (whole,) = labelled_batches([6])
+    right = candidates["tuned"].head(student(whole["image"])).argmax(-1) == whole["label"]
+    assert right.tolist().count(True) in range(1, 6), "a share that a mistake would change"
+    assert alone["tuned"]["top1"] == pytest.approx(100 * right.float().mean().item())
+    assert {name: "top1" in metrics for name, metrics in alone.items()} == {"t": False, "s": False, "tuned": True}
 
 
-def test_all_labels_alike_give_no_score(teacher) -> None:
-    alike = [{**batch, "label": torch.zeros_like(batch["label"])} for batch in labelled_batches([6])]
-    for held_out, train in ((alike, alike), (labelled_batches([6]), alike), (alike, labelled_batches([6]))):
-        assert Scorer(teacher, TASK, held_out, train, 1e-3).score(Candidate(teacher)).value is None
+def test_without_a_teacher_none_runs_and_nothing_is_compared(teacher) -> None:
+    student = linearize(teacher, "linear").eval()
+    teacher.register_forward_hook(lambda *_: pytest.fail("it need not run"))
+    found = evaluate_all({"tuned": with_head(student), "s": Candidate(student)}, None, labelled_batches([6]))
+    assert list(found["tuned"]) == ["top1"] and found["s"] == {}
+
+
+def test_features_of_another_shape_are_not_compared(teacher) -> None:
+    wide = build_tiny_teacher(embed_dim=48)
+    found = evaluate_all({"wide": with_head(wide), "t": Candidate(teacher)}, teacher, labelled_batches([6]))
+    assert list(found["wide"]) == ["top1"] and found["t"]["feature_cosine"] == pytest.approx(1)
 
 
 def score_unevenly(batches_of_ranks: list[list[dict]]) -> tuple[dict[str, float], int]:
@@ -137,3 +146,49 @@ def collect_nothing() -> str:
 
 def test_no_sample_at_all_is_said_on_every_rank() -> None:
     assert all("no labelled sample can be used" in said for said in on_ranks(2, collect_nothing))
+
+
+def labels_of_a_rank(outputs_of_ranks: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    evaluator = Evaluator(build_tiny_teacher(), Multilabel(3))
+    outputs = outputs_of_ranks[rank()]
+    for decision, target in zip(outputs["decision"].split(2), outputs["target"].split(2), strict=True):
+        if len(decision):
+            evaluator.update({"decision": decision, "target": target}, {"id": ["x"] * len(decision)})
+    return evaluator.total()
+
+
+@pytest.mark.parametrize("cut", [[0, 7], [7, 0], [3, 4]], ids=str)
+def test_metrics_that_keep_every_sample_are_those_of_all_ranks(cut: list[int], recwarn) -> None:
+    """Average precision, also where one rank saw none."""
+    generator = torch.Generator().manual_seed(0)
+    decision, target = torch.rand(7, 3, generator=generator), torch.randint(2, (7, 3), generator=generator).float()
+    parts = zip(decision.split(cut), target.split(cut), strict=True)
+    found = on_ranks(2, labels_of_a_rank, [{"decision": ours, "target": theirs} for ours, theirs in parts])
+    expected = 100 * average_precision_score(target, decision, average="macro")
+    assert [metrics["map"] for metrics in found] == pytest.approx([expected, expected])
+    assert found[0] == found[1]
+
+
+def fail_on_the_second_rank(where: str) -> str:
+    teacher, batches = build_tiny_teacher(), labelled_batches([2, 4])
+
+    def broken():
+        yield batches[0]
+        if rank() == 1:
+            raise OSError("the disk of rank 1 is gone")
+        yield batches[1]
+
+    student = with_head(linearize(teacher, "linear").eval())
+    with pytest.raises(SharedError) as caught:
+        if where == "all":
+            evaluate_all({"student": student}, teacher, broken())
+        elif where == "apart":
+            evaluate_apart({"student": student}, broken(), View((16, 16), (0.5,) * 3, (0.5,) * 3, (4, 4)))
+        else:
+            measure_block_errors(teacher, {"student": student.model}, broken())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["all", "apart", "blocks"])
+def test_what_one_rank_cannot_read_is_raised_by_all(where: str) -> None:
+    assert on_ranks(2, fail_on_the_second_rank, where, timeout_s=60) == ["the disk of rank 1 is gone"] * 2

@@ -65,6 +65,7 @@ def test_the_table_holds_what_the_exported_models_give(finished: Path) -> None:
     report = json.loads((finished / "runs" / "tiny-run" / "report.json").read_text())
     rows = {row["model"]: row for row in report["rows"]}
     assert list(rows) == NAMES and report["unusable_samples"] == 0
+    assert not (finished / "runs" / "tiny-run" / "features").exists(), "they were kept only while they were needed"
     images, labels = read_tiny_val(finished / "shards")
     plan = plan_stage(finished / "recipe.yaml", 3)
     teacher = build_teacher(plan.model.teacher)

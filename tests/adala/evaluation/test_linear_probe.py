@@ -261,5 +261,17 @@ def test_data_that_cannot_be_probed_are_named() -> None:
     several = Features(torch.eye(3), torch.eye(3))
     with pytest.raises(ValueError, match="both must be of one task"):
         probe(several, one, GRID)
-    with pytest.raises(ValueError, match="choose the probe by SGD"):
-        probe(several, several, LbfgsSettings())
+
+
+def test_several_labels_are_fitted_to_convergence_as_scikit_learn_fits_each() -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(120, 5, generator=generator) * torch.tensor([1.0, 5.0, 0.2, 1.0, 1.0]) + 2
+    noisy = values + torch.randn(120, 5, generator=generator) * values.std(0)
+    labels = (noisy[:, :3] > values.mean(0)[:3]).float()
+    found = probe(Features(values, labels), Features(values[:7], labels[:7]), LbfgsSettings(L2))
+    assert found.top1 is None and found.rate is None
+    standardised = ((values - values.mean(0)) / values.std(0)).numpy()
+    for number in range(3):
+        plain = LogisticRegression(C=1 / (120 * L2), tol=1e-6).fit(standardised, labels[:, number].int())
+        expected = plain.decision_function(standardised[:7])
+        assert found.logits[:, number].numpy() == pytest.approx(expected, abs=2e-3), number
