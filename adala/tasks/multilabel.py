@@ -77,6 +77,7 @@ class Multilabel(Task):
     score: ClassVar[str] = "map"
     score_title: ClassVar[str] = "mAP (%)"
     probe: ClassVar[Literal["multilabel"]] = "multilabel"
+    fields_of_head: ClassVar[tuple[str, ...]] = ("pooling",)
 
     num_classes: int
     pooling: Pooling = "cls_patch"

@@ -82,6 +82,7 @@ class Segmentation(Task):
     score: ClassVar[str] = "miou"
     score_title: ClassVar[str] = "mIoU (%)"
     probe: ClassVar[Literal["dense"]] = "dense"
+    fields_of_head: ClassVar[tuple[str, ...]] = ("head", "head_options", "inference", "window_overlap")
 
     num_classes: int
     head: str = "linear"
