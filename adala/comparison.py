@@ -41,13 +41,14 @@ from adala.evaluation import (
     evaluate_apart,
     fit_dense_probe,
     knn_top1,
+    majority_confusion,
     mean_iou,
     measure_block_errors,
     precision,
     probe,
     raising_together,
 )
-from adala.evaluation.dense_probe import READ_AT_ONCE, class_counts
+from adala.evaluation.dense_probe import READ_AT_ONCE
 from adala.evaluation.evaluator import compute_metrics
 from adala.evaluation.feature_store import StoredRows
 from adala.evaluation.speed import measure_speed
@@ -417,15 +418,15 @@ class Comparer:
         on."""
         classes, ignore_index = self.task.num_classes, self.task.mask_format.ignore_index
         bins = self.protocol.segmentation.colour_bins
-        train, held_out = self._pictures(TRAIN), self._pictures(HELD_OUT, preparation)
-        table = colour_table_confusion(train, held_out, classes, bins, ignore_index)
-        masks = self._rows[None, TRAIN]["target"]
-        counts = class_counts(
-            (masks[rows] for rows in torch.arange(len(masks)).split(READ_AT_ONCE)), classes, ignore_index
-        )
-        majority = torch.zeros_like(table)
-        majority[:, counts.argmax()] = table.sum(1)
+        train, held_out = self._pictures(TRAIN), partial(self._pictures, HELD_OUT, preparation)
+        table = colour_table_confusion(train, held_out(), classes, bins, ignore_index)
+        masks = self._masks(HELD_OUT) if preparation is None else (masks for _, masks in held_out())
+        majority = majority_confusion(self._masks(TRAIN), masks, classes, ignore_index)
         return {MAJORITY: mean_iou(majority), COLOUR_TABLE: mean_iou(table)}
+
+    def _masks(self, split: str) -> Iterator[Tensor]:
+        masks = self._rows[None, split]["target"]
+        return (masks[rows] for rows in torch.arange(len(masks)).split(READ_AT_ONCE))
 
     def _pictures(self, split: str, preparation: Preparation | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images (B, 3, H, W) uint8 and masks (B, H, W), on this rank alone."""

@@ -73,6 +73,10 @@ def run_evaluation(command: EvaluationCommand) -> None:
     if len(contenders) == 1:
         say("there is the teacher alone: name students after --models (linearized, runs/x/stage2)")
     comparison = Comparer(contenders, plan.data, plan.evaluation, command.protocol, store).compare()
+    for measure, reason in comparison.left_out.items():
+        say(f"{measure} is left out: {reason}")
+    if comparison.unusable:
+        say(f"{comparison.unusable} held-out samples could not be used, and are left out of all rows alike")
     pictures = from_rank_0(partial(_draw, plan, contenders, comparison)) if command.pictures else []
     from_rank_0(partial(_publish, command, plan, contenders, comparison, pictures))
     say(from_rank_0(store.summary))

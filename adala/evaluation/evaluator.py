@@ -238,8 +238,3 @@ def evaluate_apart(
                     decision = candidate.task.predict(candidate.predict, images, tuple(target.shape[-2:]), view)
                 evaluators[name].update({"decision": decision, "target": target}, batch)
     return {name: evaluator.total() for name, evaluator in evaluators.items()}
-
-
-def evaluate(model: VisionTransformer, teacher: VisionTransformer, batches: Iterable[Batch]) -> dict[str, float]:
-    """:func:`evaluate_all` of one model without a head."""
-    return evaluate_all({"": Candidate(model)}, teacher, batches)[""]

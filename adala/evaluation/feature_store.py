@@ -22,7 +22,7 @@ import socket
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,6 @@ from torch import Tensor
 
 from adala.data.order import evaluation_range
 from adala.distributed import from_rank_0, gather_objects, raise_together, rank, world_size
-from adala.evaluation.features import Features
 from adala.files import file_digest, read_json, sync_file, sync_folder, value_digest, write_json
 from adala.runs import VISIBLE_WITHIN_S
 
@@ -47,9 +46,6 @@ ENTRY_NAME = "[0-9a-f]{32}"
 PARTIAL = ".partial"
 # A row's place in rows.bin, counted in rows, and its checksum.
 PLACE = np.dtype([("row", np.int64), ("crc", np.uint32)])
-
-# Pooled features that are written at a time.
-ROWS_AT_ONCE = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -231,44 +227,6 @@ class FeatureStore:
 
     folder: Path
 
-    def pooled(self, key: Mapping[str, Any], compute: Callable[[], Features]) -> Features:
-        """The features under ``key``, from disk or computed; every rank calls it and gets them.
-
-        Args:
-            key: Of this model on these data.
-            compute: Gives all ranks' features on every rank; called on all ranks or none.
-
-        Raises:
-            ValueError: The key lacks a name, features are not finite, the disk is too full, or ranks do not see the
-                same folder; every rank raises.
-        """
-        entry = self._entry(key)
-        if from_rank_0(entry.is_whole):
-            wait_until_seen(entry.path / ENTRY)
-            stored = entry.open()
-            return Features(stored["values"][:], stored["labels"][:])
-        features = compute()
-        from_rank_0(lambda: self._write_pooled(entry, features))
-        return features
-
-    def _write_pooled(self, entry: Entry, features: Features) -> None:
-        fields = {
-            "values": Field(tuple(features.values.shape[1:]), torch.float32),
-            "labels": Field(tuple(features.labels.shape[1:]), features.labels.dtype),
-        }
-        every = torch.arange(len(features.values))
-        name, descriptor = self._begin(entry, fields, len(every))
-        partial = self.folder / name
-        try:
-            writer = RowWriter(descriptor, fields, range(len(every)))
-            for rows in every.split(ROWS_AT_ONCE):
-                writer.add(rows.tolist(), values=features.values[rows], labels=features.labels[rows])
-            os.fsync(descriptor)
-            self._install(entry, fields, partial, [(writer.ids, writer.places)])
-        finally:
-            os.close(descriptor)
-            discard(partial)
-
     def find(self, key: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, StoredRows] | None:
         """What :meth:`writing` wrote under ``key``, by field and memory-mapped; None where nothing whole is there.
 
@@ -322,17 +280,6 @@ class FeatureStore:
             if rank() == 0:
                 discard(partial)
 
-    def dense(
-        self, key: Mapping[str, Any], fields: Mapping[str, Field], capacity: int, fill: Callable[[RowWriter], None]
-    ) -> dict[str, StoredRows]:
-        """What :meth:`find` finds, or else what ``fill`` is then to write, on all ranks; see :meth:`writing`."""
-        found = self.find(key, fields)
-        if found is None:
-            with self.writing(key, fields, capacity) as writer:
-                fill(writer)
-            found = self.find(key, fields)
-        return found
-
     def summary(self) -> str:
         """How much lies there, in a sentence."""
         entries = self._entries()
@@ -341,22 +288,14 @@ class FeatureStore:
         mib = sum(file.stat().st_size for path in entries for file in path.iterdir()) / 2**20
         return f"{len(entries)} sets of features take {mib:.0f} MiB in {self.folder}, which may be removed"
 
-    def clear(self) -> None:
-        """Removes all entries, and what killed commands left; rank 0 calls it."""
-        for path in self._entries():
-            discard(path)
-        if self.folder.exists():
-            with self._locked():
-                self._remove_orphans()
-
     def _entries(self) -> list[Path]:
         return [path for path in self.folder.glob("*") if re.fullmatch(ENTRY_NAME, path.name)]
 
-    def _entry(self, key: Mapping[str, Any], fields: Mapping[str, Field] | None = None) -> Entry:
+    def _entry(self, key: Mapping[str, Any], fields: Mapping[str, Field]) -> Entry:
         missing = [name for name in KEY_NAMES if name not in key]
         if missing:
             raise ValueError(f"the key of features lacks {', '.join(missing)}: features change with it")
-        described = None if fields is None else {name: field.described() for name, field in fields.items()}
+        described = {name: field.described() for name, field in fields.items()}
         # As it is read back: tuples are lists there.
         full = json.loads(json.dumps({**key, "fields": described, "format": FORMAT}))
         return Entry(self.folder / value_digest(full).removeprefix("sha256:")[:32], full)

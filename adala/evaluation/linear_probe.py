@@ -305,21 +305,6 @@ def _standardisation(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), values.std(0).clamp_min(1e-6)
 
 
-def linear_probe_top1(train: Features, held_out: Features, l2: float = 1e-3, max_iterations: int = 200) -> float:
-    """Top-1 in percent on ``held_out`` of a classifier fitted on ``train``.
-
-    Features are standardised by the training set's statistics; L-BFGS minimises mean cross-entropy plus
-    ``l2 / 2 |W|^2``. The problem is convex and started from zero, so there is no seed and no rate to tune.
-
-    Args:
-        train: Features (n, F) with labels.
-        held_out: Features (m, F) with labels.
-        l2: Penalty on the weights.
-        max_iterations: Of L-BFGS.
-    """
-    return probe(train, held_out, LbfgsSettings(l2, max_iterations)).top1
-
-
 def _check_labels(labels: Tensor, num_classes: int) -> None:
     smallest, largest = int(labels.min()), int(labels.max())
     if smallest < 0 or largest >= num_classes:

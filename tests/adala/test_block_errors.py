@@ -10,7 +10,7 @@ from tiny_teacher import build_tiny_teacher
 from torch import Tensor
 
 from adala.distributed import rank
-from adala.evaluation import BlockErrors, evaluate, measure_block_errors
+from adala.evaluation import BlockErrors, Candidate, evaluate_all, measure_block_errors
 from adala.similarity import relative_error
 from adala.students import linearize
 
@@ -66,7 +66,7 @@ def test_one_block_agrees_with_a_computation_by_hand(teacher: VisionTransformer,
 
 def test_final_features_agree_with_the_evaluation(teacher: VisionTransformer, images: Tensor) -> None:
     student = linearize(teacher, "linear").eval()
-    expected = evaluate(student, teacher, in_batches(images))
+    expected = evaluate_all({"": Candidate(student)}, teacher, in_batches(images))[""]
     assert measure_one(teacher, student, images).features == pytest.approx(expected, rel=1e-6)
 
 

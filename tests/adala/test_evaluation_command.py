@@ -18,6 +18,7 @@ from tiny_scenes import write_scene_recipe
 from adala import load_task_model
 from adala.config import load_recipe
 from adala.contenders import build_teacher_contender, linearize_contender
+from adala.data import write_shards
 from adala.evaluate import name_rows, output_folder, run_evaluation
 from adala.evaluation_command import parse_evaluation, split_protocol_keys
 from adala.export import save_student
@@ -204,6 +205,7 @@ def test_what_an_evaluation_leaves_behind(tiny: Path, tmp_path: Path, capfd) -> 
             number = f"{row['measures'][name]:.{4 if name.endswith('cosine') else 2}f}"
             assert all(number in text for text in texts), (row["name"], name)
     assert said.err == "" and "## Command" not in said.out
+    assert "segmentation is left out: the samples are for classification" in said.out and "not be used" not in said.out
     pictures = {"features", "blocks"}
     assert {path.stem for path in folder.glob("*.png")} == pictures and texts[1].count("data:image/png") == 2
     assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in pictures} | {
@@ -269,6 +271,15 @@ def test_another_backbone_is_compared_by_what_can_be_compared(tiny: Path, tmp_pa
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert "blocks" in found["data"]["left_out"] and (tmp_path / "out" / "features.png").is_file()
     assert not (tmp_path / "out" / "blocks.png").exists()
+
+
+def test_a_sample_that_cannot_be_used_is_told(tiny: Path, tmp_path: Path, capfd) -> None:
+    samples = [{"png": b"no image", "cls": 0}, *({"png": Image.new("RGB", (16, 16)), "cls": n} for n in (0, 1, 2))]
+    write_shards(samples, tmp_path / "val", "val", samples_per_shard=4)
+    asked = ["--protocol.measures=[features]", "--out", tmp_path / "out", f"--data.val=[{tmp_path}/val/val-*.tar]"]
+    data = evaluate(tiny / "recipe.yaml", *asked)["data"]
+    assert data["unusable_held_out_samples"] == 1 and data["samples"] == {"held-out": 3}
+    assert "1 held-out samples could not be used, and are left out of all rows alike" in capfd.readouterr().out
 
 
 def test_a_random_teacher_is_told_in_the_document(tiny: Path, tmp_path: Path) -> None:

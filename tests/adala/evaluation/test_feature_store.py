@@ -12,7 +12,7 @@ from ranks import on_ranks
 
 from adala.data.order import evaluation_range
 from adala.distributed import rank, world_size
-from adala.evaluation import DenseFeatures, DenseSettings, Features, FeatureStore, Field, RowWriter, fit_dense_probe
+from adala.evaluation import DenseFeatures, DenseSettings, FeatureStore, Field, RowWriter, fit_dense_probe
 from adala.evaluation import feature_store as module
 from adala.evaluation.feature_store import ENTRY, KEY_NAMES, PLACES, ROWS
 
@@ -33,11 +33,6 @@ class Counted:
     def __call__(self, *arguments):
         self.calls += 1
         return self.function(*arguments)
-
-
-def some_features(labels: torch.Tensor | None = None) -> Features:
-    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    return Features(values, torch.arange(7) if labels is None else labels)
 
 
 def rows_of(positions: list[int]) -> dict[str, torch.Tensor]:
@@ -74,58 +69,61 @@ def assert_rows(found: dict, positions: list[int]) -> None:
         assert found[name][:].dtype == field.dtype and found[name][:].equal(expected[name].to(field.dtype)), name
 
 
+def stored(store: FeatureStore, key: dict, fields: dict, capacity: int, fill: Callable[[RowWriter], None]) -> dict:
+    """What is found, or else written and then found."""
+    found = store.find(key, fields)
+    if found is None:
+        with store.writing(key, fields, capacity) as writer:
+            fill(writer)
+        found = store.find(key, fields)
+    return found
+
+
 def folders(path: Path) -> list[str]:
     return sorted(each.name for each in path.iterdir() if each.is_dir())
 
 
-@pytest.mark.parametrize("labels", [None, torch.eye(7)[:, :3]], ids=["classes", "several labels"])
-def test_pooled_features_are_computed_once_and_found_as_they_were(tmp_path: Path, labels) -> None:
-    compute = Counted(lambda: some_features(labels))
-    for _ in range(2):
-        found = FeatureStore(tmp_path / "new" / "cache").pooled(KEY, compute)
-        assert found.values.equal(some_features().values) and found.values.dtype == torch.float32
-        assert found.labels.equal(some_features(labels).labels)
-    assert compute.calls == 1
-
-
 @pytest.mark.parametrize("name", [*KEY_NAMES, "more"])
 def test_another_key_is_another_entry(tmp_path: Path, name: str) -> None:
-    store, compute = FeatureStore(tmp_path), Counted(some_features)
-    store.pooled(KEY, compute)
-    store.pooled({**KEY, name: "another"}, compute)
-    store.pooled(dict(reversed(KEY.items())), compute)
-    assert compute.calls == 2
+    store, fill = FeatureStore(tmp_path / "new" / "cache"), Counted(fill_with(3))
+    for _ in range(2):
+        stored(store, KEY, FIELDS, 3, fill)
+    assert fill.calls == 1
+    stored(store, {**KEY, name: "another"}, FIELDS, 3, fill)
+    stored(store, dict(reversed(KEY.items())), FIELDS, 3, fill)
+    assert fill.calls == 2
 
 
 def test_another_format_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = Counted(some_features)
-    FeatureStore(tmp_path).pooled(KEY, compute)
+    fill = Counted(fill_with(3))
+    stored(FeatureStore(tmp_path), KEY, FIELDS, 3, fill)
     monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
-    FeatureStore(tmp_path).pooled(KEY, compute)
-    assert compute.calls == 2
+    stored(FeatureStore(tmp_path), KEY, FIELDS, 3, fill)
+    assert fill.calls == 2
 
 
 def test_a_key_must_say_what_features_change_with(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks weights, kind"):
-        FeatureStore(tmp_path).pooled({name: KEY[name] for name in KEY if name not in ("weights", "kind")}, None)
+        key = {name: KEY[name] for name in KEY if name not in ("weights", "kind")}
+        FeatureStore(tmp_path).find(key, FIELDS)
 
 
 def test_dense_rows_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
     """Batches of several data workers come out of order, and a sample that cannot be decoded is not there."""
     store, fill = FeatureStore(tmp_path), Counted(fill_with(9, bad=(3,), backwards=True))
     for _ in range(2):
-        found = store.dense(KEY, FIELDS, 9, fill)
+        found = stored(store, KEY, FIELDS, 9, fill)
         assert_rows(found, [0, 1, 2, 4, 5, 6, 7, 8])
     assert fill.calls == 1
     assert found["mask"][torch.tensor([5, 0])].equal(rows_of([6, 0])["mask"].to(torch.uint8))
     assert found["patches"][[2]].equal(rows_of([2])["patches"].half())
     # float16 where bfloat16 was is another field.
-    store.dense(KEY, {**FIELDS, "pooled": Field((5,), torch.float32)}, 9, fill)
+    stored(store, KEY, {**FIELDS, "pooled": Field((5,), torch.float32)}, 9, fill)
     assert fill.calls == 2
 
 
 def written_by_a_rank(folder: Path) -> list[torch.Tensor]:
-    found = FeatureStore(folder).dense(KEY, FIELDS, 9, fill_with(9, bad=(5,), backwards=True))
+    found = stored(FeatureStore(folder), KEY, FIELDS, 9, fill_with(9, bad=(5,), backwards=True))
     return [found[name][:] for name in FIELDS]
 
 
@@ -134,23 +132,13 @@ def test_several_ranks_write_what_one_writes(tmp_path: Path, ranks: int) -> None
     expected = [values.to(FIELDS[name].dtype) for name, values in rows_of([0, 1, 2, 3, 4, 6, 7, 8]).items()]
     for found in on_ranks(ranks, written_by_a_rank, tmp_path):
         assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
-    assert_rows(FeatureStore(tmp_path).dense(KEY, FIELDS, 9, None), [0, 1, 2, 3, 4, 6, 7, 8])
-
-
-def pooled_by_a_rank(folder: Path) -> tuple[Features, int]:
-    compute = Counted(some_features)
-    return [FeatureStore(folder).pooled(KEY, compute) for _ in range(2)][1], compute.calls
-
-
-def test_several_ranks_find_pooled_features(tmp_path: Path) -> None:
-    for found, calls in on_ranks(2, pooled_by_a_rank, tmp_path):
-        assert calls == 1 and found.values.equal(some_features().values)
+    assert_rows(stored(FeatureStore(tmp_path), KEY, FIELDS, 9, None), [0, 1, 2, 3, 4, 6, 7, 8])
 
 
 def of_one_folder_a_rank(folder: Path) -> str:
     module.VISIBLE_WITHIN_S = 0.3
     try:
-        FeatureStore(folder / str(rank())).dense(KEY, FIELDS, 4, fill_with(4))
+        stored(FeatureStore(folder / str(rank())), KEY, FIELDS, 4, fill_with(4))
     except ValueError as error:
         return str(error)
     return ""
@@ -169,7 +157,7 @@ def fails_on_rank_1(folder: Path) -> str:
             raise ValueError("rank 1 has a bad shard")
 
     try:
-        FeatureStore(folder).dense(KEY, FIELDS, 4, fill)
+        stored(FeatureStore(folder), KEY, FIELDS, 4, fill)
     except ValueError as error:
         return str(error)
     return ""
@@ -194,7 +182,7 @@ def is_killed_as_it_writes(folder: Path) -> None:
         fill_with(4)(writer)
         os._exit(9)
 
-    FeatureStore(folder).dense(KEY, FIELDS, 4, fill)
+    stored(FeatureStore(folder), KEY, FIELDS, 4, fill)
 
 
 def test_what_a_killed_command_left_is_not_read_and_is_removed(tmp_path: Path) -> None:
@@ -205,7 +193,7 @@ def test_what_a_killed_command_left_is_not_read_and_is_removed(tmp_path: Path) -
     (left,) = folders(tmp_path)
     assert left.endswith(".partial") and (tmp_path / left / ROWS).stat().st_size > 0
     store, fill = FeatureStore(tmp_path), Counted(fill_with(4))
-    assert_rows(store.dense(KEY, FIELDS, 4, fill), [0, 1, 2, 3])
+    assert_rows(stored(store, KEY, FIELDS, 4, fill), [0, 1, 2, 3])
     assert fill.calls == 1
     (entry,) = folders(tmp_path)
     assert entry != left and not entry.endswith(".partial")
@@ -217,8 +205,9 @@ def test_what_another_command_is_writing_is_left_alone(tmp_path: Path) -> None:
         with store.writing({**KEY, "data": "others"}, FIELDS, 4) as fast:
             fill_with(4)(fast)
         (tmp_path / ".empty.partial").mkdir()
-        store.clear()
-        assert len(folders(tmp_path)) == 1
+        with store.writing({**KEY, "data": "more"}, FIELDS, 4) as third:
+            fill_with(4)(third)
+        assert not (tmp_path / ".empty.partial").exists() and len(folders(tmp_path)) == 3
         fill_with(4)(slow)
     assert_rows(store.find(KEY, FIELDS), [0, 1, 2, 3])
 
@@ -249,17 +238,16 @@ def shorten(path: Path) -> None:
 @pytest.mark.parametrize("name", [ROWS, PLACES, ENTRY])
 @pytest.mark.parametrize("damage", [flip, shorten, os.unlink], ids=["a bit flipped", "truncated", "removed"])
 def test_what_is_damaged_is_computed_again(tmp_path: Path, name: str, damage, caplog) -> None:
-    store, compute, fill = FeatureStore(tmp_path), Counted(some_features), Counted(fill_with(4))
+    store, fill = FeatureStore(tmp_path), Counted(fill_with(4))
     for expected_calls in (1, 2):
-        assert store.pooled(KEY, compute).values.equal(some_features().values)
-        assert_rows(store.dense(KEY, FIELDS, 4, fill), [0, 1, 2, 3])
-        assert compute.calls == fill.calls == expected_calls
+        assert_rows(stored(store, KEY, FIELDS, 4, fill), [0, 1, 2, 3])
+        assert fill.calls == expected_calls
         if expected_calls == 1:
-            for folder in folders(tmp_path):
-                damage(tmp_path / folder / name)
-    assert [record.message.count("are damaged") for record in caplog.records] == [1, 1]
-    store.pooled(KEY, compute), store.dense(KEY, FIELDS, 4, fill)
-    assert compute.calls == fill.calls == 2
+            (entry,) = folders(tmp_path)
+            damage(tmp_path / entry / name)
+    assert [record.message.count("are damaged") for record in caplog.records] == [1]
+    stored(store, KEY, FIELDS, 4, fill)
+    assert fill.calls == 2
 
 
 @pytest.mark.parametrize(
@@ -274,39 +262,36 @@ def test_what_is_damaged_is_computed_again(tmp_path: Path, name: str, damage, ca
 )
 def test_rows_that_cannot_be_stored_are_refused(tmp_path: Path, values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FeatureStore(tmp_path).dense(KEY, FIELDS, 4, lambda writer: writer.add(["a"], **rows_of([0]) | values))
+        stored(FeatureStore(tmp_path), KEY, FIELDS, 4, lambda writer: writer.add(["a"], **rows_of([0]) | values))
     assert folders(tmp_path) == []
 
 
 def test_neither_too_many_rows_nor_none(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     with pytest.raises(ValueError, match="more images than the 3 that were announced"):
-        store.dense(KEY, FIELDS, 3, fill_with(4))
+        stored(store, KEY, FIELDS, 3, fill_with(4))
     with pytest.raises(ValueError, match="no image could be read"):
-        store.dense(KEY, FIELDS, 3, lambda writer: None)
+        stored(store, KEY, FIELDS, 3, lambda writer: None)
     with pytest.raises(ValueError, match=r"features take .* MiB left"):
-        store.dense(KEY, FIELDS, 2**45, fill_with(4))
+        stored(store, KEY, FIELDS, 2**45, fill_with(4))
 
 
-def test_the_store_says_how_large_it_is_and_can_be_emptied(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path / "cache")
+def test_the_store_says_how_large_it_is(tmp_path: Path) -> None:
+    store, wide = FeatureStore(tmp_path / "cache"), {"values": Field((2048,), torch.float32)}
     assert store.summary() == f"no features lie in {tmp_path / 'cache'}"
-    store.clear()
-    wide = Features(torch.zeros(1024, 2048), torch.zeros(1024, dtype=torch.int64))
-    store.pooled(KEY, lambda: wide)
+    with store.writing(KEY, wide, 1024) as writer:
+        writer.add([sample_id(position) for position in range(1024)], values=torch.zeros(1024, 2048))
     assert store.summary().startswith(f"1 sets of features take 8 MiB in {tmp_path / 'cache'}")
-    store.clear()
-    assert folders(tmp_path / "cache") == []
 
 
 def test_an_entry_says_what_it_is_of(tmp_path: Path) -> None:
-    FeatureStore(tmp_path).pooled(KEY, some_features)
+    stored(FeatureStore(tmp_path), KEY, FIELDS, 3, fill_with(3))
     (folder,) = folders(tmp_path)
     assert json.loads((tmp_path / folder / ENTRY).read_text())["entry"]["key"]["image_size"] == [16, 16]
 
 
 def test_a_probe_reads_rows_out_of_the_file(tmp_path: Path) -> None:
-    found = FeatureStore(tmp_path).dense(KEY, FIELDS, 8, fill_with(8))
+    found = stored(FeatureStore(tmp_path), KEY, FIELDS, 8, fill_with(8))
     settings = DenseSettings(num_classes=3, rates=(0.1,), epochs=2, batch_size=3)
     head = fit_dense_probe(DenseFeatures(found["patches"], found["pooled"]), found["mask"], settings)
     copied = {name: stored[:] for name, stored in found.items()}

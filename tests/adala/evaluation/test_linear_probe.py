@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from adala.evaluation import Features, LbfgsSettings, SgdSettings, fit_probe, probe
-from adala.evaluation.linear_probe import draw_batches, fit_grid, linear_probe_top1, rank_rates, split_stratified, top_k
+from adala.evaluation.linear_probe import draw_batches, fit_grid, rank_rates, split_stratified, top_k
 
 L2 = 0.02
 
@@ -55,13 +55,13 @@ def test_the_score_is_the_share_of_right_held_out_samples() -> None:
     prediction = F.linear(held_out.values, *fit_probe(train, 3, L2))
     expected = 100 * multiclass_accuracy(prediction, held_out.labels, num_classes=3, average="micro").item()
     assert 60 < expected < 95, "neither chance nor trivial"
-    assert linear_probe_top1(train, held_out, L2) == pytest.approx(expected)
+    assert probe(train, held_out, LbfgsSettings(L2)).top1 == pytest.approx(expected)
 
 
 def test_labels_that_were_not_trained_on_are_wrong() -> None:
     values = torch.tensor([[-1.0], [1.0]]).repeat(10, 1)
     train = Features(values, torch.tensor([0, 1]).repeat(10))
-    assert linear_probe_top1(train, Features(values[:4], torch.tensor([0, 1, 0, 2]))) == 75.0
+    assert probe(train, Features(values[:4], torch.tensor([0, 1, 0, 2])), LbfgsSettings()).top1 == 75.0
 
 
 @pytest.mark.parametrize(("labels", "found"), [([0, 1, 4], 4), ([0, -1, 1], -1)], ids=["beyond", "negative"])
