@@ -157,8 +157,8 @@ class Comparer:
             if theirs == ours:
                 heads[name] = one.head
             else:
-                told = " and ".join(f"for {task} of {classes} classes" for task, classes in (theirs, ours))
-                self.result.notes[name].append(f"its head, these samples: {told}; the head is left out")
+                its, these = (f"for {task} of {classes} classes" for task, classes in (theirs, ours))
+                self.result.notes[name].append(f"its head is {its}, and these samples are {these}: it is left out")
         if not heads:
             self.result.left_out["head"] = "no model has one that was fine-tuned for these targets"
         return heads

@@ -5,22 +5,26 @@ import io
 import json
 import multiprocessing
 import re
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_run import read_tiny_val, write_tiny_recipe, write_tiny_shards
 from tiny_scenes import write_scene_recipe
 
+from adala import evaluate as evaluation
 from adala import load_task_model
 from adala.config import load_recipe
 from adala.contenders import build_teacher_contender, linearize_contender
 from adala.data import write_shards
 from adala.evaluate import name_rows, output_folder, run_evaluation
 from adala.evaluation_command import parse_evaluation, split_protocol_keys
+from adala.evaluation_pictures import mask_pictures, pca_pictures
 from adala.export import save_student
 from adala.plan import resolve_run
 from adala.tasks import describe_task, read_task
@@ -241,7 +245,7 @@ def test_a_head_for_another_target_is_left_out(tiny: Path, tmp_path: Path) -> No
     rows = rows_of(evaluate(recipe, "--models", other, masks, own, *asked))
     assert [name for name, row in rows.items() if "head_top1" in row["measures"]] == ["stage3"]
     assert rows["other"]["notes"] == [
-        "its head, these samples: for classification of 7 classes and for classification of 3 classes; the head is "
+        "its head is for classification of 7 classes, and these samples are for classification of 3 classes: it is "
         "left out"
     ]
     assert "for segmentation of 3 classes" in rows["masks"]["notes"][0] and rows["stage3"]["notes"] == []
@@ -288,9 +292,15 @@ def test_a_random_teacher_is_told_in_the_document(tiny: Path, tmp_path: Path) ->
     assert "the teacher is a RANDOM network" in note and note in (tmp_path / "evaluation.md").read_text()
 
 
-def test_masks_are_measured_and_drawn(tmp_path: Path, capfd) -> None:
+@torch.no_grad()
+def test_masks_are_measured_and_drawn(tmp_path: Path, capfd, monkeypatch) -> None:
     recipe = write_scene_recipe(tmp_path)
-    tuned = export(recipe, tmp_path / "tuned", SCENES)
+    tuned, drawn = export(recipe, tmp_path / "tuned", SCENES), {}
+    for draw in (pca_pictures, mask_pictures):
+        name = draw.__name__
+        monkeypatch.setattr(
+            evaluation, name, lambda *given, draw=draw: drawn.update({draw.__name__: given}) or draw(*given)
+        )
     found = evaluate(recipe, "--models", "linearized", tuned, "--pictures")
     rows, folder = rows_of(found), tmp_path / "runs" / "tiny-run" / "evaluation"
     assert list(rows) == ["teacher", "linearized", "tuned", "majority class", "colour table"]
@@ -303,6 +313,18 @@ def test_masks_are_measured_and_drawn(tmp_path: Path, capfd) -> None:
             assert picture.width > 300
     assert (folder / "evaluation.html").read_text().count("data:image/png") == 3
     assert capfd.readouterr().err == ""
+    with tarfile.open(tmp_path / "scenes" / "val-00000.tar") as tar:
+        files = [np.array(Image.open(io.BytesIO(tar.extractfile(name).read()))) for name in sorted(tar.getnames())[:8]]
+    pixels, truth = torch.from_numpy(np.stack(files[::2])), torch.from_numpy(np.stack(files[1::2]))
+    (shown, patches), (under, targets, predicted, *coding) = drawn["pca_pictures"], drawn["mask_pictures"]
+    assert shown.equal(under) and targets.equal(truth.long()) and coding == [11, 255]
+    torch.testing.assert_close(shown, pixels.permute(0, 3, 1, 2) / 255, atol=1e-6, rtol=0)
+    assert list(patches) == list(predicted) == ["teacher", "linearized", "tuned"]
+    whole, images = load_task_model(tuned), (shown - 0.5) / 0.5
+    torch.testing.assert_close(
+        patches["tuned"], whole.student(images)[:, 1:].unflatten(1, (7, 7)), atol=1e-4, rtol=1e-4
+    )
+    assert (predicted["tuned"] == whole.predict(images)).float().mean() > 0.99
 
 
 MISTAKES = {
