@@ -63,12 +63,6 @@ Measures = dict[str, float | None]
 HELD_OUT, TRAIN = "held-out", "training"
 # Rows of segmentation that have no model.
 BASELINES = MAJORITY, COLOUR_TABLE = "majority class", "colour table"
-# Options of a task that say how it is trained and scored, and nothing of targets: whatever they are, features stay.
-OF_HEADS = {
-    "classification": ("pooling", "label_smoothing"),
-    "multilabel": ("pooling",),
-    "segmentation": ("head", "head_options", "inference", "window_overlap"),
-}
 
 
 @dataclass
@@ -518,8 +512,7 @@ def _data_digest(index: ShardIndex) -> str:
 
 def _target_of(task: Task) -> dict[str, Any]:
     """What decides the targets of samples, and which samples have one."""
-    described = describe_task(task)
-    return {key: value for key, value in described.items() if key not in OF_HEADS.get(task.name, ())}
+    return {key: value for key, value in describe_task(task).items() if key not in task.fields_of_head}
 
 
 def _layout(model: VisionTransformer) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import typing
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from adala.rules import CONVERSION_KEYS, Checked, rule_of, shown
+from adala.rules import CONVERSION_KEYS, Checked, rule_of, shown, with_text_keys
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tiny"
@@ -154,6 +155,12 @@ class FinetuningConfig(StageConfig):
     head_lr: float | None = None
     """Peak rate of the head; null takes lr."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.task, dict):
+            # A label map has numbers to the left, and JSON knows texts alone there.
+            object.__setattr__(self, "task", {key: with_text_keys(value) for key, value in self.task.items()})
+        super().__post_init__()
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Checked):
@@ -164,11 +171,11 @@ class EvaluationConfig(Checked):
     monitor_samples: int = 1000
     """Held-out samples that a stage is evaluated on while it trains (the first ones, in shard order)."""
     probe_train: list[str] | str | None = None
-    """Labelled shards that the linear probe is fitted on; null takes data.train."""
+    """Shards with targets that probes and frozen heads are fitted on; null takes data.train."""
     probe_samples: int = 4000
-    """How many of them (the first ones, in shard order)."""
+    """How many of them for the table at the end of a run (the first ones, in shard order)."""
     probe_l2: float = 1e-3
-    """L2 penalty of the linear probe on standardised features, per sample."""
+    """L2 penalty of that table's linear probe on standardised features, per sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,26 +324,71 @@ def parse_recipe_command(parser: ArgumentParser, arguments: Sequence[str]) -> tu
     Raises:
         ValueError: See :func:`parse_command`.
     """
+    flat, nested = _split_nested(arguments)
     try:
         path = recipe_path(_recipe_argument(arguments))
         defaults = read_settings(parser, path, Recipe, "recipe")
         _refuse_moved(_keys_given(arguments))
-        parsed = parser.parse_args(list(arguments), namespace=defaults)
+        parsed = parser.parse_args(flat, namespace=defaults)
     except (ArgumentError, OverflowError) as error:
         raise ValueError(f"command line: {explained(error, Recipe)}") from error
-    return build_settings(Recipe, _typed_below(parsed.as_dict(), _keys_given(arguments))), parsed
+    return build_settings(Recipe, _set_nested(parsed.as_dict(), nested)), parsed
 
 
-def _typed_below(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Within mappings the parser leaves text as it is from the second level on (``--stage3.task.head_options.depth``):
-    here it is read as a recipe's would be."""
-    for key in keys:
+def _split_nested(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments that the parser reads, and what is asked for two levels below a mapping, or deeper, by dotted key.
+
+    Of these (``--stage3.task.head_options.num_queries 8``) the parser would keep the last one only, as text.
+    """
+    ours, nested, rest = [], {}, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, is_joined, value = argument.partition("=")
+        if not argument.startswith("--") or not _is_nested(key[2:]):
+            ours.append(argument)
+            continue
+        if not is_joined:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"command line: {key} needs a value")
+            value = rest.pop(0)
+        try:
+            nested[key[2:]] = yaml.load(value, _SettingsLoader)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"command line: {key} is {value!r}: it must be YAML ({explained(error, Recipe)})"
+            ) from error
+    return ours, nested
+
+
+def _is_nested(key: str) -> bool:
+    """Whether a key lies two levels or more below a mapping of a recipe."""
+    parts, built = key.split("."), Recipe
+    for depth, part in enumerate(parts):
+        fields = {field.name: field.type for field in dataclasses.fields(built)}
+        if part not in fields:
+            return False
+        if typing.get_origin(fields[part]) is dict:
+            return len(parts) - depth > 2
+        if not dataclasses.is_dataclass(fields[part]):
+            return False
+        built = fields[part]
+    return False
+
+
+def _set_nested(values: dict[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with others at some dotted keys.
+
+    Raises:
+        ValueError: A key leads through something that is no mapping.
+    """
+    for key, value in nested.items():
         *path, last = key.split(".")
         below = values
         for part in path:
-            below = below.get(part) if isinstance(below, dict) else None
-        if len(path) > 2 and isinstance(below, dict) and isinstance(below.get(last), str):
-            below[last] = yaml.load(below[last], _SettingsLoader)
+            below = below.setdefault(part, {})
+            if not isinstance(below, dict):
+                raise ValueError(f"command line: {key} lies below {part}, which is {shown(below)} and no mapping")
+        below[last] = value
     return values
 
 

@@ -19,7 +19,7 @@ if not uses_gpu():
 
 import deepspeed
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
 
 def check_ds_config(config: DeepSpeedConfig) -> None:
@@ -106,7 +106,7 @@ class Engine:
         """Gives the optimizer the weights as they came: DeepSpeed copies its float32 weights from the rounded ones."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, self._unrounded[name].float().to(device()))
+                _set_master(parameter, self._unrounded[name].float().to(device()))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return self._engine(batch)
@@ -249,6 +249,18 @@ class Engine:
     def close(self) -> None:
         """Lets go of optimizer and hooks, so that a further stage can be built in the same process."""
         self._engine.destroy()
+
+
+def _set_master(parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets the optimizer's float32 copy of a whole parameter; every rank calls it."""
+    if not hasattr(parameter, "ds_tensor"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # DeepSpeed's own function for ZeRO-3 cuts a rank's share out of the value, and fails where the ranks do not divide
+    # its length: shares are padded.
+    share = parameter.ds_tensor.numel()
+    padded = nn.functional.pad(value.flatten(), (0, share * world_size() - value.numel()))
+    safe_set_local_fp32_param(parameter, padded[share * rank() : share * (rank() + 1)])
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

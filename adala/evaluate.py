@@ -219,7 +219,10 @@ def _draw(plan: RunPlan, contenders: Mapping[str, Contender], comparison: Compar
             ).cpu()
             for name, head in comparison.heads.items()
         }
-        figure = mask_pictures(shown, targets, predicted, task.num_classes, task.mask_format.ignore_index)
+        listed = plan.evaluation.held_out.shards[0].classes
+        names = listed if listed is not None and len(listed) == task.num_classes else None
+        ignore_index = task.mask_format.ignore_index
+        figure = mask_pictures(shown, targets, predicted, task.num_classes, ignore_index, names)
         caption = "Masks of held-out images: the truth, then each model's, by its own head or a frozen linear one."
         pictures.append(Picture("masks", caption, as_png(figure)))
     return pictures

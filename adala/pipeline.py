@@ -280,7 +280,7 @@ def _identify_students(plan: RunPlan) -> dict[str, Any] | None:
 def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     """Scores teacher, unaligned student, and each stage's student on the held-out data; every rank calls it.
 
-    The score is that of a probe on frozen features, and of a stage's own head after it; None without targets.
+    The score is that of a probe on frozen features, of a student with a head that of its head; None without targets.
     """
     numbers = [number for number in (1, 2, 3) if f"stage {number}" in identity]
     teacher = build_teacher_contender(plan.model)

@@ -1,7 +1,7 @@
 """A recipe resolved once: what each stage is made of, with everything that can be refused without building it.
 
-A plan is frozen, holds values and no tensors, and is made on rank 0 and told to all: no rank reads an index, a label or
-a digest of its own. Nothing of a run is touched before its plan stands.
+A plan is frozen, holds values and no tensors, and is made on rank 0 and told to all: no rank reads an index, a target
+or a digest of its own. Nothing of a run is touched before its plan stands.
 """
 
 import dataclasses
@@ -456,7 +456,7 @@ def _stage_conditions(
 
 
 def index_digest(index: ShardIndex, labelled: bool) -> str:
-    """What identifies a data set wherever it lies: names, samples and bytes of its shards, and what its labels mean."""
+    """What identifies a data set wherever it lies: names, samples and bytes of shards, and names of classes."""
     classes = [shard.classes for shard in index.shards if shard.classes is not None][:1] if labelled else []
     return value_digest([[shard.name, shard.samples, shard.bytes] for shard in index.shards] + classes)
 

@@ -82,7 +82,8 @@ class ProbeConfig(Checked):
 @dataclasses.dataclass(frozen=True)
 class SegmentationConfig(Checked):
     """A frozen linear head for masks: batch norm and a 1x1 convolution on each patch token beside a global one, by
-    AdamW under a cosine to 0."""
+    AdamW under a cosine to 0. It is fitted on images cut to the evaluation size, and scored as the recipe's task says
+    of any head (its ``inference``)."""
 
     rates: list[float] = dataclasses.field(default_factory=lambda: [1e-3])
     """Peak learning rates, one head each, whatever the batch."""
@@ -96,9 +97,6 @@ class SegmentationConfig(Checked):
     """Share of the training images that is held back to choose among rates; not read with a single rate."""
     train_samples: int | None = None
     """Training images (the first ones, in shard order); null takes all."""
-    view: Literal["crop", "resize", "whole"] = "resize"
-    """What of an image and its mask is seen: ``crop`` cut from the middle and ``resize`` squashed, both to the
-    evaluation size, or ``whole``, at its own shape and scored on the mask as it is."""
     fit_scale: int = 4
     """The loss compares at most so many pixels a patch along each side. Scores are always taken at the masks' size."""
     colour_bins: int = 16

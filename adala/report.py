@@ -39,7 +39,7 @@ class Report:
         score: Name of the task's metric.
         score_title: The same for people, with its unit.
         identity: Digests and conditions of what was scored: a report of other students than those there is stale.
-        unusable_samples: Held-out samples that could not be decoded, and are left out of all rows alike.
+        unusable_samples: Held-out samples that could not be used, and are left out of all rows alike.
     """
 
     rows: list[ReportRow]

@@ -1,4 +1,5 @@
-"""What the values of a recipe may be, by key: checked as a section is made, with a sentence that says what is right."""
+"""What the values of recipes, protocols and tasks may be, by key: checked as a section is made, with a sentence that
+says what is right."""
 
 import dataclasses
 import json
@@ -68,6 +69,13 @@ def _is_folder_name(value: Any) -> bool:
 
 def _are_texts(value: Any) -> bool:
     return _is_list(value) and all(map(_is_text, value))
+
+
+def with_text_keys(value: Any) -> Any:
+    """A value whose mappings have texts for whole numbers as keys, as JSON has them."""
+    if isinstance(value, dict):
+        return {str(key) if type(key) is int else key: with_text_keys(below) for key, below in value.items()}
+    return [with_text_keys(each) for each in value] if _is_list(value) else value
 
 
 def _is_json(value: Any) -> bool:

@@ -157,7 +157,7 @@ class Trainer:
         save_checkpoint(self.checkpoint_folder, self.engine, self.step, state)
 
     def _report_bad_samples(self, loader: TrainLoader) -> None:
-        """Says which shards had samples that could not be decoded, whenever this rank has met new ones."""
+        """Says which shards had samples that could not be used, whenever this rank has met new ones."""
         if loader.bad_samples != self.reported_bad_samples:
             self.reported_bad_samples = dict(loader.bad_samples)
             counts = ", ".join(f"{count} in {shard}" for shard, count in sorted(loader.bad_samples.items()))

@@ -108,3 +108,10 @@ def test_nobody_imports_bench_launchers_or_tests() -> None:
         for module in imported_modules(path):
             top = module.split(".")[0]
             assert top == own or top not in ("bench", "launchers", "tests"), f"{path} imports {module}"
+
+
+def test_the_page_shows_these_layers() -> None:
+    page = (PROJECT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    block = page.partition("files of one package may import each other:\n\n")[2].partition("\n\n")[0]
+    shown = [{name.strip() for name in line.split(",")} for line in block.splitlines()]
+    assert shown == [{name.removeprefix("adala.") for name in layer} for layer in LAYERS]

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeError(ValueError):
-    """A sample whose image or label cannot be decoded."""
+    """A sample whose image or target cannot be used."""
 
 
 def decode_image(content: bytes) -> Image.Image:

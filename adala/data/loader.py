@@ -180,7 +180,7 @@ class TrainLoader:
             shuffle_buffer: Samples among which each worker shuffles, undecoded; 0 and 1 do not shuffle.
             pin_memory: Whether batches lie in pinned memory.
             state: Where to begin, from another loader's :attr:`state` over the same index, seed and global batch.
-            max_bad_fraction: Part of a worker's range that may be undecodable, but at least 10 samples may.
+            max_bad_fraction: Part of a worker's range that may be unusable, but at least 10 samples may.
 
         Raises:
             ValueError: Fewer samples than one global batch, a global batch that does not divide into micro-batches, or

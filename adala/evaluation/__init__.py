@@ -1,4 +1,4 @@
-"""How models are scored: metrics against the teacher over a data set or block by block, probes on frozen features."""
+"""How models are scored: metrics over a data set or block by block, probes and neighbours on frozen features, speed."""
 
 from adala.evaluation.block_errors import BlockErrors, BlockReport, measure_block_errors
 from adala.evaluation.dense_probe import (

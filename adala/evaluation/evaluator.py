@@ -1,4 +1,4 @@
-"""Metrics over a data set, for the trainer, the report, the evaluation of a model and the bench alike.
+"""Metrics over a data set, for the trainer, the final table, the evaluation command and the bench alike.
 
 Shapes: B batch, N tokens, D embed dim.
 """

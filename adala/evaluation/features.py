@@ -44,6 +44,7 @@ class FeatureCollector:
         self._model, self._pooling, self._task = model, pooling, task
         self._values: list[Tensor] = []
         self._labels: list[Tensor] = []
+        self._ids: list[str] = []
 
     def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
         """Takes the ``features`` (B, N, D) of a batch.
@@ -54,19 +55,22 @@ class FeatureCollector:
         prefix, has_class_token = self._model.num_prefix_tokens, self._model.has_class_token
         tokens = outputs["features"].float()
         self._values.append(pool_tokens(tokens, prefix, self._pooling, has_class_token).cpu())
+        self._ids += batch["id"]
         self._labels.append(self._task.target(batch, torch.device("cpu")))
 
     def gathered(self) -> Features:
-        """Those of all ranks, in their order; every rank calls it, also one that had no batch.
+        """Those of all ranks, in the order of their ids, which no number of ranks or workers changes; every rank calls
+        it, also one that had no batch.
 
         Raises:
             ValueError: No rank had one; every rank raises.
         """
-        parts = gather_objects((self._values, self._labels))
-        values = [value for of_rank, _ in parts for value in of_rank]
+        parts = gather_objects((self._values, self._labels, self._ids))
+        values, labels, ids = ([one for of_rank in kind for one in of_rank] for kind in zip(*parts, strict=True))
         if not values:
-            raise SharedError("no labelled sample can be used: name other shards in data.val or evaluation.probe_train")
-        return Features(torch.cat(values), torch.cat([labels for _, of_rank in parts for labels in of_rank]))
+            raise SharedError("no labelled sample can be used: name other shards in stage3.train_data or data.train")
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        return Features(torch.cat(values)[order], torch.cat(labels)[order])
 
 
 @torch.no_grad()

@@ -182,7 +182,7 @@ def _fit_best(
             return weight, bias, rate, scores
     raise ValueError(
         f"the linear probe diverges at all rates ({', '.join(f'{rate:g}' for rate in settings.rates)}): add smaller "
-        "ones, set standardise, or look whether the features are finite"
+        "ones, or look whether the features are finite"
     )
 
 
@@ -311,7 +311,7 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
         found = smallest if smallest < 0 else largest
         raise ValueError(
             f"the label {found} is among the training samples, and num_classes {num_classes} has the labels 0 to "
-            f"{num_classes - 1}: raise stage3.num_classes, or mend the labels"
+            f"{num_classes - 1}: raise stage3.task.num_classes, or mend the labels"
         )
 
 

@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adala.attention import TokenMixer
 from adala.distributed import all_reduce_sum
 from adala.similarity import comparison_metrics, comparison_sums
-from adala.students import LinearizedVisionTransformer, linearized_blocks
+from adala.students import LinearizedVisionTransformer
 
 
 class Stage(nn.Module):
@@ -50,8 +51,9 @@ class Stage(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Tells the mixers which optimizer step begins, counted from 0."""
-        for shell in linearized_blocks(self.student).values():
-            shell.token_mixer.begin_step(step)
+        for module in self.modules():
+            if isinstance(module, TokenMixer):  # a head may have some, too
+                module.begin_step(step)
 
     @property
     def calibrated_targets(self) -> tuple[str, ...]:

@@ -32,12 +32,15 @@ class Task(Checked):
         score_title: The same for the head of a table's column, with its unit.
         probe: How a backbone without a head of its own is scored: by a linear classifier on pooled features, by one
             for each of several labels, by one on each patch, or not at all.
+        fields_of_head: Options that say how a head is built, trained and scored, and nothing of targets: whatever they
+            are, features that were stored for these targets stay right.
     """
 
     name: ClassVar[str]
     score: ClassVar[str]
     score_title: ClassVar[str]
     probe: ClassVar[Literal["linear", "multilabel", "dense"] | None] = None
+    fields_of_head: ClassVar[tuple[str, ...]] = ()
 
     @property
     def target_field(self) -> str | None:

@@ -45,6 +45,7 @@ class Classification(Task):
     score: ClassVar[str] = "top1"
     score_title: ClassVar[str] = "top-1 (%)"
     probe: ClassVar[Literal["linear"]] = "linear"
+    fields_of_head: ClassVar[tuple[str, ...]] = ("pooling", "label_smoothing")
 
     num_classes: int
     pooling: Pooling = "cls_patch"

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
+from torchmetrics.functional.classification import multilabel_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
 from adala.data import Preparation, View
@@ -30,14 +31,27 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
 
     def __init__(self, num_classes: int):
         super().__init__(num_labels=num_classes, average=None, validate_args=False)
+        self._start_with_no_rows()
+
+    def reset(self) -> None:
+        super().reset()
+        self._start_with_no_rows()
+
+    def _start_with_no_rows(self) -> None:
+        """For a rank that gets no image: torchmetrics gathers rows of one width and kind only."""
+        self.preds.append(torch.zeros(0, self.num_labels, dtype=torch.float64, device=self.device))
+        self.target.append(torch.zeros(0, self.num_labels, dtype=torch.int64, device=self.device))
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         super().update(preds, target.long())
 
     def compute(self) -> Tensor:
-        by_class = super().compute()
-        occurring = dim_zero_cat(self.target).sum(0) > 0
-        return 100 * by_class[occurring].mean() if occurring.any() else by_class.new_zeros(())
+        probabilities, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        occurring = target.sum(0) > 0
+        if not occurring.any():
+            return probabilities.new_zeros(())
+        parts = probabilities[:, occurring], target[:, occurring], int(occurring.sum())
+        return 100 * multilabel_average_precision(*parts, average="macro", validate_args=False)
 
 
 class MicroF1(MultilabelF1Score):
@@ -63,6 +77,7 @@ class Multilabel(Task):
     score: ClassVar[str] = "map"
     score_title: ClassVar[str] = "mAP (%)"
     probe: ClassVar[Literal["multilabel"]] = "multilabel"
+    fields_of_head: ClassVar[tuple[str, ...]] = ("pooling",)
 
     num_classes: int
     pooling: Pooling = "cls_patch"

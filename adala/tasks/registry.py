@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,14 +31,27 @@ def resolve_task(name: str) -> type[Task]:
     """The class of a task.
 
     Raises:
-        ValueError: No task has this name (the message lists those there are), or its package cannot be imported.
+        ValueError: No task has this name (the message lists those there are), its package cannot be imported, or offers
+            something else.
     """
-    return load_plugin("task", name, _targets())
+    found = load_plugin("task", name, _targets())
+    if not (isinstance(found, type) and issubclass(found, Task) and dataclasses.is_dataclass(found)):
+        raise ValueError(
+            f"what {_targets()[name]} offers as the task {name!r} is none: it must be a dataclass derived from "
+            "adala.tasks.Task"
+        )
+    return found
 
 
 def describe_task(task: Task) -> dict[str, Any]:
-    """A task as JSON can hold it, every option written out; :func:`read_task` gives it back."""
-    return {"name": task.name, **dataclasses.asdict(task)}
+    """A task as JSON gives it back, every option written out; :func:`read_task` makes the task of it."""
+    return _as_json_gives_it_back({"name": task.name, **dataclasses.asdict(task)})
+
+
+def _as_json_gives_it_back(value: dict[str, Any]) -> dict[str, Any]:
+    # What a mapping has as numbers to the left is text there: what a recipe says, and what a file says that was made of
+    # it, must be the same.
+    return json.loads(json.dumps(value))
 
 
 def read_task(description: Mapping[str, Any]) -> Task:
@@ -48,6 +62,9 @@ def read_task(description: Mapping[str, Any]) -> Task:
     """
     options = dict(description)
     name = options.pop("name", None)
+    if not isinstance(name, str):
+        said = "the name of the task is missing" if name is None else f"name is {name!r}, which is no name"
+        raise ValueError(f"{said}: known are {', '.join(task_names())}")
     task_class = resolve_task(name)
     fields = {field.name: field for field in dataclasses.fields(task_class)}
     unknown = next((key for key in options if key not in fields), None)
@@ -57,7 +74,7 @@ def read_task(description: Mapping[str, Any]) -> Task:
     if missing is not None:
         raise ValueError(f"task {name}: it needs the option {missing!r}")
     try:
-        return task_class(**options)
+        return task_class(**_as_json_gives_it_back(options))
     except ValueError as error:
         raise ValueError(f"task {name}: {error}") from error
 

@@ -4,7 +4,7 @@ Shapes: B batch, N tokens, D embed dim, K classes, H, W height and width of an i
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,9 @@ from adala.data.joint import build_eval_pair_transform, build_train_pair_transfo
 from adala.data.labels import Classes
 from adala.data.masks import MaskFormat, check_mask, read_mask
 from adala.data.tars import Fields
+from adala.distributed import SharedError
 from adala.heads import build_segmentation_head, semantic_logits
+from adala.rules import with_text_keys
 from adala.tasks.base import Prediction, Task
 from adala.tasks.mask_loss import mask_classification_loss
 from adala.tasks.sliding import slide
@@ -38,10 +40,10 @@ class MeanIou(MulticlassConfusionMatrix):
         super().__init__(num_classes=num_classes, ignore_index=ignore_index, validate_args=False)
 
     def compute(self) -> Tensor:
-        """Raises ValueError where not one pixel was labelled."""
+        """Raises SharedError where not one pixel was labelled: all ranks' sums are the same."""
         confusion = super().compute().double()
         if confusion.sum() == 0:
-            raise ValueError(
+            raise SharedError(
                 "not one pixel of the held-out masks is labelled: all are ignored (stage3.task.mask, data.val)"
             )
         correct = confusion.diagonal()
@@ -80,6 +82,7 @@ class Segmentation(Task):
     score: ClassVar[str] = "miou"
     score_title: ClassVar[str] = "mIoU (%)"
     probe: ClassVar[Literal["dense"]] = "dense"
+    fields_of_head: ClassVar[tuple[str, ...]] = ("head", "head_options", "inference", "window_overlap")
 
     num_classes: int
     head: str = "linear"
@@ -90,20 +93,22 @@ class Segmentation(Task):
     window_overlap: float = 1 / 3
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", with_text_keys(self.mask))
         super().__post_init__()
         form = self.mask_format
         if form.ignore_index < self.num_classes:
             raise ValueError(
-                f"mask.ignore_index is {form.ignore_index}: it must be none of the classes, which are 0 to "
-                f"{self.num_classes - 1}"
+                f"mask.ignore_index is {form.ignore_index}: it must be {self.num_classes} (num_classes) or more, since "
+                f"0 to {self.num_classes - 1} are classes"
             )
 
     @cached_property
     def mask_format(self) -> MaskFormat:
-        try:
-            return MaskFormat(**self.mask)
-        except TypeError as error:
-            raise ValueError(f"mask: {error}") from error
+        known = [each.name for each in fields(MaskFormat)]
+        for key in self.mask:
+            if key not in known:
+                raise ValueError(f"mask has no option {key!r}: it has {', '.join(known)}")
+        return MaskFormat(**self.mask)
 
     @property
     def target_field(self) -> str | None:

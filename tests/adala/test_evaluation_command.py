@@ -295,6 +295,8 @@ def test_a_random_teacher_is_told_in_the_document(tiny: Path, tmp_path: Path) ->
 @torch.no_grad()
 def test_masks_are_measured_and_drawn(tmp_path: Path, capfd, monkeypatch) -> None:
     recipe = write_scene_recipe(tmp_path)
+    names = ["nothing", *(f"garment {number}" for number in range(10))]
+    (tmp_path / "scenes" / "classes.json").write_text(json.dumps(names))
     tuned, drawn = export(recipe, tmp_path / "tuned", SCENES), {}
     for draw in (pca_pictures, mask_pictures):
         name = draw.__name__
@@ -317,7 +319,7 @@ def test_masks_are_measured_and_drawn(tmp_path: Path, capfd, monkeypatch) -> Non
         files = [np.array(Image.open(io.BytesIO(tar.extractfile(name).read()))) for name in sorted(tar.getnames())[:8]]
     pixels, truth = torch.from_numpy(np.stack(files[::2])), torch.from_numpy(np.stack(files[1::2]))
     (shown, patches), (under, targets, predicted, *coding) = drawn["pca_pictures"], drawn["mask_pictures"]
-    assert shown.equal(under) and targets.equal(truth.long()) and coding == [11, 255]
+    assert shown.equal(under) and targets.equal(truth.long()) and coding == [11, 255, tuple(names)]
     torch.testing.assert_close(shown, pixels.permute(0, 3, 1, 2) / 255, atol=1e-6, rtol=0)
     assert list(patches) == list(predicted) == ["teacher", "linearized", "tuned"]
     whole, images = load_task_model(tuned), (shown - 0.5) / 0.5

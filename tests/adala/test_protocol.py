@@ -110,7 +110,6 @@ REFUSED = {
         "weight_decay": [-1],
         "selection_fraction": [1],
         "train_samples": [0],
-        "view": ["sliding"],
         "fit_scale": [0, 2.0, 65],
         "colour_bins": [1, 65],
         "seed": [0.5],

@@ -67,10 +67,11 @@ def test_bf16_follows_plain_pytorch(plain, results, precision: str, accumulation
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("zero", ["zero1_bf16", "zero3_bf16"])
 @pytest.mark.parametrize("name", STAGES)
-def test_bf16_rounds_nothing_that_training_has_not_touched(results, name: str) -> None:
+def test_bf16_rounds_nothing_that_training_has_not_touched(results, name: str, zero: str) -> None:
     """Trained weights at the start, frozen ones at the end too."""
-    state, found = build_stage(name).state_dict(), results[f"{name}/zero1_bf16/1"]
+    state, found = build_stage(name).state_dict(), results[f"{name}/{zero}/1"]
     assert any(not torch.equal(value, value.bfloat16().float()) for value in state.values())
     for key, value in state.items():
         assert torch.equal(found[f"start/{key}"], value), key

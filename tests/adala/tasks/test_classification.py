@@ -1,10 +1,12 @@
-"""Classification against torchmetrics, and against values that are known."""
+"""Classification against scikit-learn and torchmetrics, and against values that are known."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
+from sklearn.metrics import top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from adala.tasks import Classification, Task, describe_task, read_task
@@ -36,18 +38,49 @@ def test_top1_agrees_with_torchmetrics() -> None:
     assert task.batch_metrics(prediction, labels)["top1"].item() == pytest.approx(expected)
 
 
-def top1_of_own_part() -> float:
+@pytest.mark.parametrize("labels", [range(8), (1, 6), (3,)], ids=["all", "two", "one"])
+def test_top1_and_top5_agree_with_scikit_learn(labels) -> None:
+    """Over batches of unequal sizes, also where most classes have no image."""
+    generator = np.random.default_rng(0)
+    prediction, label = generator.normal(size=(90, 8)), generator.choice(labels, 90)
+    metrics = Classification(num_classes=8).build_metrics()
+    assert set(metrics) == {"top1", "top5"}
+    for part in (slice(0, 1), slice(1, 70), slice(70, 90)):
+        for metric in metrics.values():
+            metric.update(torch.from_numpy(prediction[part]), torch.from_numpy(label[part]))
+    for k in (1, 5):
+        expected = 100 * top_k_accuracy_score(label, prediction, k=k, labels=range(8))
+        assert metrics[f"top{k}"].compute().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("num_classes", "names"), [(5, {"top1"}), (6, {"top1", "top5"})])
+def test_of_five_classes_all_are_among_the_first_five(num_classes: int, names: set[str]) -> None:
+    assert set(Classification(num_classes=num_classes).build_metrics()) == names
+
+
+def test_of_equal_logits_the_first_decides() -> None:
+    metrics = Classification(num_classes=6).build_metrics()
+    prediction, labels = torch.zeros(2, 6), torch.tensor([0, 1])
+    for metric in metrics.values():
+        metric.update(prediction, labels)
+    assert metrics["top1"].compute().item() == 50.0
+    assert Classification(num_classes=6).batch_metrics(prediction, labels)["top1"].item() == 50.0
+
+
+def top1_of_own_part(first: int) -> float:
     import torch.distributed as dist
 
     metric = Classification(num_classes=3).build_metrics()["top1"]
-    own = slice(0, 1) if dist.get_rank() == 0 else slice(1, 4)
-    metric.update(PREDICTION[own], LABELS[own])
+    own = slice(0, first) if dist.get_rank() == 0 else slice(first, 4)
+    if len(LABELS[own]):
+        metric.update(PREDICTION[own], LABELS[own])
     return metric.compute().item()
 
 
-def test_top1_counts_images_of_all_ranks() -> None:
-    """One image on rank 0, three on rank 1: the mean of both ranks' shares would be 83."""
-    assert on_ranks(2, top1_of_own_part) == [75.0, 75.0]
+@pytest.mark.parametrize("first", [1, 0])
+def test_top1_counts_images_of_all_ranks(first: int) -> None:
+    """One image on rank 0, three on rank 1: the mean of both ranks' shares would be 83; or none on rank 0."""
+    assert on_ranks(2, top1_of_own_part, first) == [75.0, 75.0]
 
 
 def test_labels_are_smoothed_in_training_only() -> None:
