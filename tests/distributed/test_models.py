@@ -39,5 +39,5 @@ def test_a_label_beyond_the_classes_ends_every_rank_before_a_head_is_fitted(tmp_
     sources = json.dumps([str(tmp_path / "late" / "train-*.tar")])
     done = train("--recipe", str(recipe), "--stage", "3", f"--data.train={sources}", "--stage3.head_init", "probe")
     assert done.returncode != 0
-    assert done.stdout.count("the label 7 is among the training samples, and num_classes 3") == 1, done.stdout
+    assert done.stdout.count("00000550: it has the label 7, but stage3.task.num_classes is 3") == 1, done.stdout
     assert "Traceback" not in done.stdout
