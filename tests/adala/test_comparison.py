@@ -25,12 +25,14 @@ from tiny_teacher import build_tiny_teacher
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from adala.attention import TokenLayout
 from adala.comparison import Comparer, Comparison
 from adala.config import load_recipe
 from adala.contenders import TEACHER, Contender, build_teacher_contender, linearize_contender, load_contender
 from adala.data import write_shards
-from adala.evaluation import DenseFeatures, DenseHead, DenseSettings, FeatureStore, fit_dense_probe
+from adala.evaluation import DenseFeatures, DenseHead, DenseSettings, FeatureStore, fit_dense_probe, precision
 from adala.evaluation.feature_store import ROWS
+from adala.evaluation.token_rows import FrozenHead
 from adala.export import save_student
 from adala.plan import RunPlan, resolve_run
 from adala.protocol import KnnConfig, ProbeConfig, Protocol, SegmentationConfig
@@ -430,6 +432,24 @@ def test_segmentation_is_measured_as_computed_plainly(scenes: Path, tmp_path: Pa
     assert list(found.measures) == [*contenders, "majority class", "colour table"] == list(found.notes)
     assert found.left_out == dict.fromkeys(["knn", "probe"], "the samples are for segmentation")
     assert found.heads["tuned"] is contenders["tuned"].head and found.heads[TEACHER] is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_class_token", [True, False])
+def test_a_frozen_head_computes_as_it_was_fitted(has_class_token: bool) -> None:
+    """In float32, whatever the model computes in; without a class token beside the mean patch."""
+    generator, prefix = torch.Generator().manual_seed(0), 2 if has_class_token else 0
+    features = torch.randn(3, prefix + 6, 5, generator=generator)
+    head = DenseHead(torch.randn(10, generator=generator), torch.rand(10, generator=generator) + 0.5, 5, 4)
+    torch.nn.init.normal_(head.weight, generator=generator)
+    patches = features[:, prefix:]
+    beside = (features[:, :1] if has_class_token else patches.mean(1, keepdim=True)).expand_as(patches)
+    inputs = (torch.cat([patches, beside], -1) - head.mean) / head.std
+    expected = (inputs @ head.weight.T + head.bias).unflatten(1, (2, 3)).permute(0, 3, 1, 2)
+    for autocast in (None, torch.bfloat16):
+        with precision(autocast):
+            found = FrozenHead(head, has_class_token)(features, TokenLayout((2, 3), prefix))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 WIDE = (40, 72)
