@@ -163,8 +163,6 @@ class Comparer:
             self.result.left_out["head"] = "no model has one that was fine-tuned for these targets"
         return heads
 
-    # Passes over the data.
-
     def _pass_held_out(self) -> None:
         apart = self.task.prepare_scoring(self.data.view) if self.heads else None
         with ExitStack() as stack:
@@ -231,8 +229,6 @@ class Comparer:
                                 features = None if name is None else self.contenders[name].model(images)
                             collector.update({"features": features}, batch)
         self._open_rows(TRAIN)
-
-    # Features on disk.
 
     def _collectors(self, split: str, stack: ExitStack) -> dict[str | None, RowCollector]:
         """Of what is not stored yet: by contender, and under None of targets."""
@@ -321,8 +317,6 @@ class Comparer:
         parts = [part for part in {"cls_patch": ["cls", "patch"]}.get(pooling, [pooling]) if part in stored]
         values = torch.cat([stored[part][:] for part in parts or ["patch"]], 1)
         return Features(values, target.float() if self.task.probe == "multilabel" else target)
-
-    # Measures.
 
     def _fit_pooled(self) -> None:
         labels = [self._rows[None, split]["target"][:] for split in (TRAIN, HELD_OUT)]

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 class BadDataError(ValueError):
-    """Data of which so much is unusable that nothing should be computed from them."""
+    """Data from which nothing should be computed: too much of them is unusable, or a target shows that the recipe is
+    wrong."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adala.distributed import device
 from adala.evaluation.linear_probe import annealed, check_rates, draw_batches, finite, rank_rates, split_stratified
+from adala.tasks.iou import iou_by_class
 
 # Logits at full mask resolution that are held at a time: 256 MiB of float32.
 CHUNK_ELEMENTS = 2**26
@@ -331,9 +332,7 @@ def mean_iou(confusion: Tensor) -> tuple[float, Tensor]:
     """
     if not confusion.sum():
         raise ValueError("mean IoU of no pixel at all: every pixel of the masks is ignored, or there is no mask")
-    confusion = confusion.double()
-    intersection, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-    per_class = 100 * intersection / union
+    per_class = iou_by_class(confusion)
     return per_class.nanmean().item(), per_class
 
 

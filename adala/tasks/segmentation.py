@@ -26,6 +26,7 @@ from adala.distributed import SharedError
 from adala.heads import build_segmentation_head, semantic_logits
 from adala.rules import with_text_keys
 from adala.tasks.base import Prediction, Task
+from adala.tasks.iou import iou_by_class
 from adala.tasks.mask_loss import mask_classification_loss
 from adala.tasks.sliding import slide
 
@@ -41,14 +42,12 @@ class MeanIou(MulticlassConfusionMatrix):
 
     def compute(self) -> Tensor:
         """Raises SharedError where not one pixel was labelled: all ranks' sums are the same."""
-        confusion = super().compute().double()
+        confusion = super().compute()
         if confusion.sum() == 0:
             raise SharedError(
                 "not one pixel of the held-out masks is labelled: all are ignored (stage3.task.mask, data.val)"
             )
-        correct = confusion.diagonal()
-        union = confusion.sum(0) + confusion.sum(1) - correct
-        return 100 * (correct[union > 0] / union[union > 0]).mean()
+        return iou_by_class(confusion).nanmean()
 
 
 class PixelAccuracy(MulticlassConfusionMatrix):
