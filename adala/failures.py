@@ -72,7 +72,7 @@ def report_failure(error: BaseException, folder: Path | None = None) -> int:
     """
     if isinstance(error, KeyboardInterrupt):
         if _told_rank() == 0:
-            report_error("interrupted; the same command goes on from the last checkpoint")
+            report_error("interrupted; the same command goes on from what was saved last")
         return 130
     if isinstance(error, ValueError | OSError):
         report_error(error)

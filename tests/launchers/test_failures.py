@@ -228,7 +228,7 @@ def test_ctrl_c_while_it_trains(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
-        "error: interrupted; the same command goes on from the last checkpoint"
+        "error: interrupted; the same command goes on from what was saved last"
     ]
     assert "Traceback" not in said
 
