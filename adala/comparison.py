@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +20,14 @@ from torch import Tensor, nn
 
 from adala.build import build_evaluation_loader
 from adala.contenders import Contender
-from adala.data import Preparation, ShardIndex
-from adala.data.addresses import is_remote, local_path
-from adala.distributed import SharedError, device, from_rank_0, gather_objects, say, world_size
+from adala.data import Preparation
+from adala.distributed import SharedError, device, from_rank_0, gather_objects
 from adala.evaluation import (
     BlockReport,
     Candidate,
-    DenseFeatures,
     DenseHead,
     DenseSettings,
-    Features,
     FeatureStore,
-    Field,
     LbfgsSettings,
     SgdSettings,
     colour_table_confusion,
@@ -48,19 +43,15 @@ from adala.evaluation import (
     probe,
     raising_together,
 )
-from adala.evaluation.dense_probe import READ_AT_ONCE
 from adala.evaluation.evaluator import compute_metrics
-from adala.evaluation.feature_store import StoredRows
 from adala.evaluation.speed import measure_speed
 from adala.evaluation.token_rows import FrozenHead, InPrecision, RowCollector
-from adala.files import value_digest
-from adala.heads import Pooling
-from adala.plan import DataPlan, EvaluationPlan, index_digest
+from adala.feature_rows import HELD_OUT, TRAIN, FeatureRows
+from adala.plan import DataPlan, EvaluationPlan
 from adala.protocol import Protocol
-from adala.tasks import Task, describe_task
+from adala.tasks import Task
 
 Measures = dict[str, float | None]
-HELD_OUT, TRAIN = "held-out", "training"
 # Rows of segmentation that have no model.
 BASELINES = MAJORITY, COLOUR_TABLE = "majority class", "colour table"
 
@@ -111,18 +102,18 @@ class Comparer:
             protocol: What is measured.
             store: Where features are kept.
         """
-        self.contenders, self.data, self.protocol, self.store = contenders, data, protocol, store
-        self.task, self.held_out, self.train = evaluation.task, evaluation.held_out, evaluation.probe_train
+        self.contenders, self.data, self.protocol = contenders, data, protocol
+        self.task, self.held_out = evaluation.task, evaluation.held_out
         self.teacher = next(iter(contenders.values())).model
         self.autocast = autocast_of(protocol)
         self.wants = set(protocol.measures)
-        kind = self.task.probe if self.task and self.train else None
+        kind = self.task.probe if self.task and evaluation.probe_train else None
         self.is_dense = kind == "dense" and "segmentation" in self.wants
         self.is_pooled = kind in ("linear", "multilabel") and bool(self.wants & {"probe", "knn"})
         section = protocol.segmentation if self.is_dense else protocol.probe
-        self.limits = {TRAIN: section.train_samples, HELD_OUT: None}
-        self._digests = from_rank_0(self._identify_data) if self.is_dense or self.is_pooled else {}
-        self._rows: dict[tuple[str | None, str], dict[str, StoredRows]] = {}
+        self.rows = None
+        if self.is_dense or self.is_pooled:
+            self.rows = FeatureRows(contenders, data, evaluation, store, section.train_samples, self.autocast)
         self.result = Comparison({name: {} for name in contenders}, {name: [] for name in contenders})
         self.result.left_out |= _not_for(self.task, kind, self.wants)
         self.heads = self._fitting_heads() if "head" in self.wants and self.task else {}
@@ -166,7 +157,7 @@ class Comparer:
     def _pass_held_out(self) -> None:
         apart = self.task.prepare_scoring(self.data.view) if self.heads else None
         with ExitStack() as stack:
-            collectors = self._collectors(HELD_OUT, stack)
+            collectors = self.rows.collectors(HELD_OUT, stack) if self.rows else {}
             candidates = self._candidates(collectors, {} if apart else self.heads)
             if candidates:
                 loader = build_evaluation_loader(self.data, self.held_out, task=self.task)
@@ -176,7 +167,8 @@ class Comparer:
                 self.result.samples[HELD_OUT] = sum(gather_objects(seen.samples))
                 if not self.result.samples[HELD_OUT]:
                     raise SharedError("no held-out sample can be used: name other shards in data.val")
-        self._open_rows(HELD_OUT)
+        if self.rows:
+            self.result.samples[HELD_OUT] = self.rows.open(HELD_OUT)
         if apart is not None:
             self._score_apart(self.heads, apart, "head")
         if HELD_OUT in self.result.samples:
@@ -219,107 +211,19 @@ class Comparer:
     @torch.no_grad()
     def _pass_train(self) -> None:
         with ExitStack() as stack:
-            collectors = self._collectors(TRAIN, stack)
+            collectors = self.rows.collectors(TRAIN, stack)
             if collectors:
                 with raising_together():
-                    for batch in build_evaluation_loader(self.data, self.train, self.limits[TRAIN], self.task):
+                    for batch in build_evaluation_loader(self.data, *self.rows.samples(TRAIN), self.task):
                         images = batch["image"].to(device())
                         for name, collector in collectors.items():
                             with precision(self.autocast):
                                 features = None if name is None else self.contenders[name].model(images)
                             collector.update({"features": features}, batch)
-        self._open_rows(TRAIN)
-
-    def _collectors(self, split: str, stack: ExitStack) -> dict[str | None, RowCollector]:
-        """Of what is not stored yet: by contender, and under None of targets."""
-        if not (self.is_pooled or self.is_dense):
-            return {}
-        collectors, under_way = {}, []
-        for name in (*self.contenders, None):
-            key, fields = self._key(name, split), self._fields(name)
-            stored = self.store.find(key, fields)
-            if stored is not None:
-                self._rows[name, split] = stored
-            elif key not in under_way:  # two heads on one backbone have the same features
-                under_way.append(key)
-                writer = stack.enter_context(self.store.writing(key, fields, self._capacity(split)))
-                model = None if name is None else self.contenders[name].model
-                collectors[name] = RowCollector(writer, model, self.task, fields)
-        if computed := [name for name in collectors if name is not None]:
-            say(f"computing features of {', '.join(computed)} on {self._capacity(split)} {split} samples")
-        return collectors
-
-    def _samples(self, split: str) -> tuple[ShardIndex, int | None]:
-        return (self.train if split == TRAIN else self.held_out), self.limits[split]
-
-    def _identify_data(self) -> dict[str, str]:
-        return {split: _data_digest(self._samples(split)[0]) for split in (TRAIN, HELD_OUT)}
-
-    def _capacity(self, split: str) -> int:
-        """Samples there are, if all can be read."""
-        index, limit = self._samples(split)
-        return index.num_samples if limit is None else min(limit, index.num_samples)
-
-    def _key(self, name: str | None, split: str) -> dict[str, Any]:
-        index, _ = self._samples(split)
-        view, target = self.data.view, _target_of(self.task)
-        identity = {"weights": "none", "model": target} if name is None else self.contenders[name].identity
-        names = [shard.name for shard in index.shards]
-        # Samples of shards of one name have equal ids, whose order is the one in which they are read.
-        is_ordered = len(set(names)) == len(names)
-        return {
-            **identity,
-            "data": self._digests[split],
-            "samples": self._capacity(split),
-            # Which samples can be used depends on the target, and with it which features there are.
-            "target": target,
-            "image_size": list(view.image_size),
-            "normalisation": [list(view.mean), list(view.std)],
-            "precision": str(self.autocast or torch.float32),
-            "kind": "targets" if name is None else "dense" if self.is_dense else "pooled",
-            "order": None if is_ordered else [world_size(), self.data.num_workers, self.data.evaluation_batch_size],
-        }
-
-    def _fields(self, name: str | None) -> dict[str, Field]:
-        view = self.data.view
-        if name is None:
-            return {"target": self._target_field()}
-        model = self.contenders[name].model
-        width, of_image = model.embed_dim, ["cls", "patch"] if model.has_class_token else ["patch"]
-        if not self.is_dense:
-            return {part: Field((width,), torch.float32) for part in of_image}
-        sizes = zip(view.image_size, model.patch_embed.patch_size, strict=True)
-        grid = tuple(size // patch for size, patch in sizes)
-        return {of_image[0]: Field((width,), torch.float32), "patches": Field((*grid, width))}
-
-    def _target_field(self) -> Field:
-        if self.is_dense:
-            # Masks are most of the bytes but features.
-            is_small = max(self.task.num_classes - 1, self.task.mask_format.ignore_index) < 256
-            return Field(self.data.view.image_size, torch.uint8 if is_small else torch.int32)
-        return Field((self.task.num_classes,) if self.task.probe == "multilabel" else (), torch.int64)
-
-    def _open_rows(self, split: str) -> None:
-        """On every rank: what is fitted on one finds them open."""
-        if not (self.is_pooled or self.is_dense):
-            return
-        for name in (*self.contenders, None):
-            if (name, split) not in self._rows:
-                stored = self.store.find(self._key(name, split), self._fields(name))
-                if stored is None:
-                    raise SharedError(f"features were removed from {self.store.folder} while models are compared")
-                self._rows[name, split] = stored
-        self.result.samples[split] = len(self._rows[None, split]["target"])
-
-    def _features(self, name: str, split: str, pooling: Pooling) -> Features:
-        stored, target = self._rows[name, split], self._rows[None, split]["target"][:]
-        # Without a class token the mean patch stands for it.
-        parts = [part for part in {"cls_patch": ["cls", "patch"]}.get(pooling, [pooling]) if part in stored]
-        values = torch.cat([stored[part][:] for part in parts or ["patch"]], 1)
-        return Features(values, target.float() if self.task.probe == "multilabel" else target)
+        self.result.samples[TRAIN] = self.rows.open(TRAIN)
 
     def _fit_pooled(self) -> None:
-        labels = [self._rows[None, split]["target"][:] for split in (TRAIN, HELD_OUT)]
+        labels = [self.rows.labels(split) for split in (TRAIN, HELD_OUT)]
         if self.task.probe == "linear" and min(len(found.unique()) for found in labels) < 2:
             # Of one class alone every model knows everything.
             for notes in self.result.notes.values():
@@ -342,13 +246,13 @@ class Comparer:
 
     def _knn(self, name: str) -> dict[int, float]:
         knn = self.protocol.knn
-        train, held_out = (self._features(name, split, knn.pooling) for split in (TRAIN, HELD_OUT))
+        train, held_out = (self.rows.pooled(name, split, knn.pooling) for split in (TRAIN, HELD_OUT))
         return knn_top1(train, held_out, knn.k, knn.temperature)
 
     def _probe(self, name: str) -> tuple[Measures, tuple[float | None, dict[float, float | None]]]:
         """Scores; the rate that was chosen, and what each scored."""
         settings = self.protocol.probe
-        train, held_out = (self._features(name, split, settings.pooling) for split in (TRAIN, HELD_OUT))
+        train, held_out = (self.rows.pooled(name, split, settings.pooling) for split in (TRAIN, HELD_OUT))
         found = probe(train, held_out, _probe_settings(self.protocol))
         if self.task.probe == "linear":
             top5 = {"probe_top5": found.top5} if train.labels.max() >= 5 else {}
@@ -381,15 +285,10 @@ class Comparer:
         self.result.measures[name]["probe_miou"] = mean
         self.result.details.setdefault("iou_by_class", {})[name] = by_class.tolist()
 
-    def _dense(self, name: str, split: str) -> tuple[DenseFeatures, StoredRows]:
-        stored = self._rows[name, split]
-        pooled = stored["cls" if "cls" in stored else "patch"]
-        return DenseFeatures(stored["patches"], pooled), self._rows[None, split]["target"]
-
     def _fit_dense_head(self, name: str) -> DenseHead:
         settings = self.protocol.segmentation
         return fit_dense_probe(
-            *self._dense(name, TRAIN),
+            *self.rows.dense(name, TRAIN),
             DenseSettings(
                 num_classes=self.task.num_classes,
                 ignore_index=self.task.mask_format.ignore_index,
@@ -405,7 +304,7 @@ class Comparer:
 
     def _dense_iou(self, name: str) -> tuple[float, Tensor]:
         head, ignore_index = self.result.heads[name].head, self.task.mask_format.ignore_index
-        return mean_iou(dense_confusion(head, *self._dense(name, HELD_OUT), ignore_index))
+        return mean_iou(dense_confusion(head, *self.rows.dense(name, HELD_OUT), ignore_index))
 
     def _baselines(self, preparation: Preparation | None) -> dict[str, tuple[float, Tensor]]:
         """IoU of the most frequent class, and of a table from colours to classes, on the pixels that heads are scored
@@ -414,17 +313,13 @@ class Comparer:
         bins = self.protocol.segmentation.colour_bins
         train, held_out = self._pictures(TRAIN), partial(self._pictures, HELD_OUT, preparation)
         table = colour_table_confusion(train, held_out(), classes, bins, ignore_index)
-        masks = self._masks(HELD_OUT) if preparation is None else (masks for _, masks in held_out())
-        majority = majority_confusion(self._masks(TRAIN), masks, classes, ignore_index)
+        masks = self.rows.masks(HELD_OUT) if preparation is None else (masks for _, masks in held_out())
+        majority = majority_confusion(self.rows.masks(TRAIN), masks, classes, ignore_index)
         return {MAJORITY: mean_iou(majority), COLOUR_TABLE: mean_iou(table)}
-
-    def _masks(self, split: str) -> Iterator[Tensor]:
-        masks = self._rows[None, split]["target"]
-        return (masks[rows] for rows in torch.arange(len(masks)).split(READ_AT_ONCE))
 
     def _pictures(self, split: str, preparation: Preparation | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images (B, 3, H, W) uint8 and masks (B, H, W), on this rank alone."""
-        index, limit = self._samples(split)
+        index, limit = self.rows.samples(split)
         view = self.data.view
         mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
         for batch in build_evaluation_loader(self.data, index, limit, self.task, preparation, alone=True):
@@ -494,19 +389,6 @@ def _not_for(task: Task | None, kind: str | None, wants: set[str]) -> dict[str, 
     measured = {"linear": {"knn", "probe"}, "multilabel": {"probe"}, "dense": {"segmentation"}, None: set()}[kind]
     missing = (wants & {"knn", "probe", "segmentation"}) - measured
     return dict.fromkeys(sorted(missing), f"the samples are for {task.name}")
-
-
-def _data_digest(index: ShardIndex) -> str:
-    """Of a data set as it lies there. A shard whose labels were mended may have the same name and size as before."""
-    changed = [
-        None if is_remote(shard.url) else Path(local_path(shard.url)).stat().st_mtime_ns for shard in index.shards
-    ]
-    return value_digest([index_digest(index, labelled=True), changed])
-
-
-def _target_of(task: Task) -> dict[str, Any]:
-    """What decides the targets of samples, and which samples have one."""
-    return {key: value for key, value in describe_task(task).items() if key not in task.fields_of_head}
 
 
 def _layout(model: VisionTransformer) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ LAYERS: list[set[str]] = [
     {"launchers", "bench"},
     {"adala.pipeline", "adala.evaluate"},
     {"adala.comparison"},
+    {"adala.feature_rows"},
     {"adala.contenders"},
     {"adala.build"},
     {"adala.plan"},
