@@ -31,6 +31,22 @@ class TopK(MulticlassAccuracy):
         return 100 * super().compute()
 
 
+def check_label(label: int, num_classes: int, whose: str) -> None:
+    """Refuses a label that is none of the classes, with a ValueError that begins with ``whose`` it is."""
+    if not 0 <= label < num_classes:
+        raise ValueError(
+            f"{whose} has the label {label}, but stage3.task.num_classes is {num_classes}: labels are 0 to "
+            f"{num_classes - 1}"
+        )
+
+
+def build_pooled_head(student: VisionTransformer, num_classes: int, pooling: Pooling) -> ClassificationHead:
+    """A fresh linear classifier on the student's pooled tokens."""
+    return ClassificationHead(
+        student.embed_dim, num_classes, student.num_prefix_tokens, pooling, student.has_class_token
+    )
+
+
 @dataclass(frozen=True)
 class Classification(Task):
     """Cross-entropy on labels.
@@ -54,15 +70,8 @@ class Classification(Task):
     def read_target(self, fields: Fields, classes: Classes | None, image_size: tuple[int, int]) -> int:
         """The label."""
         label = read_label(fields, classes)
-        self._check(label, "it")
+        check_label(label, self.num_classes, "it")
         return label
-
-    def _check(self, label: int, whose: str) -> None:
-        if not 0 <= label < self.num_classes:
-            raise ValueError(
-                f"{whose} has the label {label}, but stage3.task.num_classes is {self.num_classes}: labels are 0 to "
-                f"{self.num_classes - 1}"
-            )
 
     def prepare(self, view: View, augmentation: str | None) -> Preparation:
         """``image`` (3, H, W) and ``label``."""
@@ -70,9 +79,7 @@ class Classification(Task):
         return Preparation(lambda image, label: {"image": transform(image), "label": torch.tensor(label)}, self.reader)
 
     def build_head(self, student: VisionTransformer) -> ClassificationHead:
-        return ClassificationHead(
-            student.embed_dim, self.num_classes, student.num_prefix_tokens, self.pooling, student.has_class_token
-        )
+        return build_pooled_head(student, self.num_classes, self.pooling)
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         """(B,) int64.
@@ -83,7 +90,7 @@ class Classification(Task):
         if "label" not in batch:
             raise ValueError("classification needs labels: the batch has none (stage3.train_data, data.train)")
         for label in (batch["label"].min(), batch["label"].max()):
-            self._check(int(label), "a sample")
+            check_label(int(label), self.num_classes, "a sample")
         return batch["label"].to(device, non_blocking=True)
 
     def loss(self, prediction: Tensor, target: Tensor, training: bool) -> Tensor:

@@ -21,6 +21,7 @@ from adala.data.labels import Classes, read_labels
 from adala.data.tars import Fields
 from adala.heads import ClassificationHead, Pooling
 from adala.tasks.base import Task
+from adala.tasks.classification import build_pooled_head, check_label
 
 
 class MeanAveragePrecision(MultilabelAveragePrecision):
@@ -85,11 +86,8 @@ class Multilabel(Task):
     def read_target(self, fields: Fields, classes: Classes | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         """The labels, ascending; there may be none."""
         labels = read_labels(fields, classes)
-        if labels and labels[-1] >= self.num_classes:
-            raise ValueError(
-                f"it has the label {labels[-1]}, but stage3.task.num_classes is {self.num_classes}: labels are 0 to "
-                f"{self.num_classes - 1}"
-            )
+        if labels:
+            check_label(labels[-1], self.num_classes, "it")
         return labels
 
     def prepare(self, view: View, augmentation: str | None) -> Preparation:
@@ -104,9 +102,7 @@ class Multilabel(Task):
         return Preparation(tensors, self.reader)
 
     def build_head(self, student: VisionTransformer) -> ClassificationHead:
-        return ClassificationHead(
-            student.embed_dim, self.num_classes, student.num_prefix_tokens, self.pooling, student.has_class_token
-        )
+        return build_pooled_head(student, self.num_classes, self.pooling)
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         """(B, K) float32 of zeros and ones."""
