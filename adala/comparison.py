@@ -92,6 +92,7 @@ class Comparer:
         evaluation: EvaluationPlan,
         protocol: Protocol,
         store: FeatureStore,
+        probes_tuned: bool = True,
     ):
         """Prepares; every rank does.
 
@@ -101,6 +102,7 @@ class Comparer:
             evaluation: The samples and their task.
             protocol: What is measured.
             store: Where features are kept.
+            probes_tuned: Whether a model whose own head is scored is probed, too.
         """
         self.contenders, self.data, self.protocol = contenders, data, protocol
         self.task, self.held_out = evaluation.task, evaluation.held_out
@@ -111,12 +113,13 @@ class Comparer:
         self.is_dense = kind == "dense" and "segmentation" in self.wants
         self.is_pooled = kind in ("linear", "multilabel") and bool(self.wants & {"probe", "knn"})
         section = protocol.segmentation if self.is_dense else protocol.probe
-        self.rows = None
-        if self.is_dense or self.is_pooled:
-            self.rows = FeatureRows(contenders, data, evaluation, store, section.train_samples, self.autocast)
         self.result = Comparison({name: {} for name in contenders}, {name: [] for name in contenders})
         self.result.left_out |= _not_for(self.task, kind, self.wants)
         self.heads = self._fitting_heads() if "head" in self.wants and self.task else {}
+        self.probed = {name: one for name, one in contenders.items() if probes_tuned or name not in self.heads}
+        self.rows = None
+        if self.is_dense or self.is_pooled:
+            self.rows = FeatureRows(self.probed, data, evaluation, store, section.train_samples, self.autocast)
 
     def compare(self) -> Comparison:
         """Every measure that the protocol asks for and data and models allow; every rank calls it and gets the same.
@@ -229,7 +232,7 @@ class Comparer:
             for notes in self.result.notes.values():
                 notes.append("all labels are the same: models are compared by their features alone")
             return
-        for name in self.contenders:
+        for name in self.probed:
             if "knn" in self.wants and self.task.probe == "linear":
                 found = from_rank_0(partial(self._knn, name))
                 self.result.measures[name] |= {f"knn{k}_top1": value for k, value in found.items()}
@@ -267,13 +270,13 @@ class Comparer:
 
     def _fit_dense(self) -> None:
         """Frozen linear heads, and the two baselines that a segmentation has to beat."""
-        for name in self.contenders:
+        for name in self.probed:
             head = from_rank_0(partial(self._fit_dense_head, name))
             self._note_rate(name, "segmentation", head.rate, head.scores)
             self.result.heads[name] = FrozenHead(head, self.contenders[name].model.has_class_token).to(device()).eval()
         preparation = self.task.prepare_scoring(self.data.view)
         if preparation is None:
-            for name in self.contenders:
+            for name in self.probed:
                 self._note_iou(name, *from_rank_0(partial(self._dense_iou, name)))
         else:
             self._score_apart(self.result.heads, preparation, "probe")

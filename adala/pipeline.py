@@ -291,7 +291,8 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     }
     say(f"scoring {', '.join(contenders)}")
     store = FeatureStore(plan.run.features)
-    comparison = Comparer(contenders, plan.data, plan.evaluation, table_protocol(plan.recipe), store).compare()
+    protocol = table_protocol(plan.recipe)
+    comparison = Comparer(contenders, plan.data, plan.evaluation, protocol, store, probes_tuned=False).compare()
     from_rank_0(partial(remove_tree, store.folder))
     for note in dict.fromkeys(note for notes in comparison.notes.values() for note in notes):
         say(note)

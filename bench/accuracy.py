@@ -63,7 +63,8 @@ def train_stage(arguments: Sequence[str], number: int, steps: int) -> None:
 
 def compare(plan: RunPlan, store: FeatureStore, contenders: Mapping[str, Contender]) -> dict[str, Measures]:
     """Measures by model, as the training command's own table has them."""
-    return Comparer(contenders, plan.data, plan.evaluation, table_protocol(plan.recipe), store).compare().measures
+    protocol = table_protocol(plan.recipe)
+    return Comparer(contenders, plan.data, plan.evaluation, protocol, store, probes_tuned=False).compare().measures
 
 
 def adapt(

@@ -621,6 +621,17 @@ class Counter:
         return {name: images for name, images in seen.items() if images}
 
 
+def test_a_model_whose_own_head_is_scored_need_not_be_probed(tiny: Path, tmp_path: Path) -> None:
+    """As in a run's table: of its features only those of the 14 held-out images are computed."""
+    plan = plan_of(tiny / "recipe.yaml")
+    contenders = contenders_of(plan, tuned=tiny / "tuned")
+    counter, store = Counter(contenders), FeatureStore(tmp_path)
+    asked = protocol("probe", "head")
+    found = Comparer(contenders, plan.data, plan.evaluation, asked, store, probes_tuned=False).compare().measures
+    assert counter.taken() == {TEACHER: 54, "linearized": 54, "tuned": 14}
+    assert [set(found[name]) for name in contenders] == [{"probe_top1"}, {"probe_top1"}, {"head_top1"}]
+
+
 class TestStoredFeatures:
     """Of 14 held-out and 40 training images."""
 
