@@ -24,6 +24,7 @@ __all__ = [
     "Picture",
     "kept",
     "machine_description",
+    "parse_document",
     "read_document",
     "tables",
     "to_html",
@@ -281,7 +282,15 @@ def read_document(path: Path) -> EvaluationDocument:
     Raises:
         ValueError: There is none, or the file holds something else.
     """
-    stored = read_json(path)
+    return parse_document(read_json(path), path)
+
+
+def parse_document(stored: Any, path: Path) -> EvaluationDocument:
+    """The document that :func:`to_json` has made, which was read from ``path``.
+
+    Raises:
+        ValueError: It is something else.
+    """
     try:
         values = {name: value for name, value in stored.items() if name != "kept"}
         return EvaluationDocument(**{**values, "models": [ModelRow(**row) for row in values["models"]]})

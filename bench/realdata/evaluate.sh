@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# What DINOv2 ViT-S/14 keeps at 448 px, 1,025 tokens, with linear attention: trains its students under runs/ and
+# evaluates them beside the teacher. Some 2 hours on two CPU cores; what an earlier call has finished is not repeated.
+# `python bench/evaluations.py` then puts the results into docs/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PATH="$PWD/.venv/bin:$PATH"
+ranks=${RANKS:-2}
+# As the recipe has it, so that the commands in the results are everybody's.
+real='~/.cache/adala-real'
+recipe=(--recipe dinov2_small --tensorboard false)
+students=(linearized runs/real448/stage1 runs/real448/stage2)
+
+# train RUN STAGE OPTION...
+train() {
+    [[ -f runs/$1/stage$2/finished.json ]] || OMP_NUM_THREADS=1 deepspeed --num_gpus "$ranks" launchers/train.py \
+        "${recipe[@]}" --run_name "$1" --stage "$2" "${@:3}"
+}
+
+# scored SET SIZE TASK: the options of a labelled set, as $scored.
+scored() {
+    scored=(--data.image_size "[$2, $2]" --data.val "$real/$1/val-*.tar"
+        --evaluation.probe_train "$real/$1/train-*.tar" --stage3.task "$3")
+}
+
+# evaluate NAME PASS MEASURES OPTION...: on all ranks, into runs/PASS-NAME.
+evaluate() {
+    [[ -f runs/$2-$1/evaluation.json ]] || OMP_NUM_THREADS=1 deepspeed --num_gpus "$ranks" launchers/evaluate.py \
+        "${recipe[@]}" "${scored[@]}" --run_name real448 --out "runs/$2-$1" --protocol dinov2_linear \
+        --protocol.precision bf16 --protocol.measures "$3" "${@:4}"
+}
+
+# clocked NAME MEASURES BATCH OPTION...: in one process with nothing beside it, since speed is measured, too.
+clocked() {
+    [[ -f runs/frozen-$1/evaluation.json ]] || OMP_NUM_THREADS=$ranks python launchers/evaluate.py \
+        "${recipe[@]}" "${scored[@]}" --run_name real448 --out "runs/frozen-$1" --protocol dinov2_linear \
+        --protocol.precision bf16 --protocol.measures "[$2, speed]" --protocol.speed.batch_size "$3" \
+        --protocol.speed.rounds 10 --models "${students[@]}" --pictures "${@:4}"
+}
+
+# frozen NAME MEASURES BATCH OPTION...: features on all ranks, and the whole from the disk.
+frozen() {
+    evaluate "$1" features "[$2]" --models "${students[@]}" "${@:4}"
+    clocked "$@"
+}
+
+# tuned SET CLASSES: teacher and student, each with two heads, on crops of 224 px; scored at 448 px.
+tuned() {
+    local head options models=()
+    for head in linear pmt; do
+        scored "$1" 448 "{name: segmentation, num_classes: $2, head: $head}"
+        options=("${scored[@]}" --stage3.train_data "$real/$1/train-*.tar" --stage3.image_size '[224, 224]'
+            --stage3.augmentation scale --stage3.global_batch_size 16 --stage3.micro_batch_size 4
+            --stage3.steps 100 --stage3.lr 2.0e-5 --stage3.head_lr 1.0e-3)
+        train "$1-teacher-$head" 3 "${options[@]}" --mechanism softmax --stage3.start_from linearized
+        train "$1-student-$head" 3 "${options[@]}" --stage3.start_from runs/real448/stage2
+        models+=("runs/$1-teacher-$head/stage3" "runs/$1-student-$head/stage3")
+    done
+    evaluate "$1" tuned '[head]' --models "${models[@]}" --pictures
+}
+
+for stage in 1 2; do
+    train real448 "$stage" --data.image_size '[448, 448]' --stage1.image_size '[112, 112]' --stage2.image_size '[112, 112]'
+done
+scored=(--data.image_size '[448, 448]')
+clocked photos 'features, blocks' 1 --protocol.blocks.images 16
+scored earth 448 '{name: segmentation, num_classes: 6}'
+frozen earth segmentation 1
+scored stamps 448 '{name: classification, num_classes: 12}'
+frozen stamps 'knn, probe' 1
+tuned earth 6
+scored scenes 448 '{name: segmentation, num_classes: 13}'
+frozen scenes segmentation 1 --protocol.segmentation.train_samples 600
+tuned scenes 13
+# At 28 px, 112 are an enlargement already; 280,000 images at 448 px would be a day.
+scored fashion 112 '{name: classification, num_classes: 10}'
+frozen fashion 'knn, probe' 32 --protocol.probe.train_samples 15000
