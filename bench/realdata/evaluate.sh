@@ -38,12 +38,6 @@ clocked() {
         --protocol.speed.rounds 10 --models "${students[@]}" --pictures "${@:4}"
 }
 
-# frozen NAME MEASURES BATCH OPTION...: features on all ranks, and the whole from the disk.
-frozen() {
-    evaluate "$1" features "[$2]" --models "${students[@]}" "${@:4}"
-    clocked "$@"
-}
-
 # tuned SET CLASSES: teacher and student, each with two heads, on crops of 224 px; scored at 448 px.
 tuned() {
     local head options models=()
@@ -62,16 +56,32 @@ tuned() {
 for stage in 1 2; do
     train real448 "$stage" --data.image_size '[448, 448]' --stage1.image_size '[112, 112]' --stage2.image_size '[112, 112]'
 done
+
+# What takes long first: features, on all ranks, kept on the disk; and Stage 3.
+declare -A task=([earth]='{name: segmentation, num_classes: 6}' [scenes]='{name: segmentation, num_classes: 13}'
+    [stamps]='{name: classification, num_classes: 12}' [fashion]='{name: classification, num_classes: 10}')
+some_scenes=(--protocol.segmentation.train_samples 600)
+some_fashion=(--protocol.probe.train_samples 15000)
+scored earth 448 "${task[earth]}"
+evaluate earth features '[segmentation]' --models "${students[@]}"
+tuned earth 6
+scored stamps 448 "${task[stamps]}"
+evaluate stamps features '[knn, probe]' --models "${students[@]}"
+scored scenes 448 "${task[scenes]}"
+evaluate scenes features '[segmentation]' --models "${students[@]}" "${some_scenes[@]}"
+tuned scenes 13
+# At 28 px, 112 are an enlargement already; all 280,000 images at 448 px would be a day.
+scored fashion 112 "${task[fashion]}"
+evaluate fashion features '[knn, probe]' --models "${students[@]}" "${some_fashion[@]}"
+
+# Then everything from there in one process, with the clock: the machine must have nothing else to do.
 scored=(--data.image_size '[448, 448]')
 clocked photos 'features, blocks' 1 --protocol.blocks.images 16
-scored earth 448 '{name: segmentation, num_classes: 6}'
-frozen earth segmentation 1
-scored stamps 448 '{name: classification, num_classes: 12}'
-frozen stamps 'knn, probe' 1
-tuned earth 6
-scored scenes 448 '{name: segmentation, num_classes: 13}'
-frozen scenes segmentation 1 --protocol.segmentation.train_samples 600
-tuned scenes 13
-# At 28 px, 112 are an enlargement already; 280,000 images at 448 px would be a day.
-scored fashion 112 '{name: classification, num_classes: 10}'
-frozen fashion 'knn, probe' 32 --protocol.probe.train_samples 15000
+scored earth 448 "${task[earth]}"
+clocked earth segmentation 1
+scored stamps 448 "${task[stamps]}"
+clocked stamps 'knn, probe' 1
+scored scenes 448 "${task[scenes]}"
+clocked scenes segmentation 1 "${some_scenes[@]}"
+scored fashion 112 "${task[fashion]}"
+clocked fashion 'knn, probe' 32 "${some_fashion[@]}"
