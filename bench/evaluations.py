@@ -138,14 +138,14 @@ def put_into_page(page: str, text: str) -> str:
 
 def read_results() -> dict[str, EvaluationDocument]:
     """What is in docs/ already."""
-    return {name: parse_document(stored, RESULTS) for name, stored in read_json(RESULTS).items()}
+    return {name: parse_document(stored, RESULTS) for name, stored in (read_json(RESULTS) or {}).items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where evaluate.sh has left them")
     runs = parser.parse_args().runs
-    documents = (read_results() if RESULTS.is_file() else {}) | collect(runs)
+    documents = read_results() | collect(runs)
     try:
         page = put_into_page(PAGE.read_text(encoding="utf-8"), tables(documents))
     except ValueError as error:
