@@ -84,7 +84,8 @@ def run_evaluation(command: EvaluationCommand) -> None:
 
 def name_rows(models: Sequence[str]) -> dict[str, Path | None]:
     """What models are called, each once and in their order: students by the shortest ends of their folders' paths that
-    tell them apart, beside those folders; the linearized teacher by its own name. The teacher is left out."""
+    tell them apart, beside those folders as they were written; the linearized teacher by its own name. The teacher is
+    left out."""
     students = [Path(os.path.abspath(Path(name).expanduser())) for name in models if name not in (TEACHER, LINEARIZED)]
     folders = {os.path.realpath(folder): folder for folder in reversed(students)}
     rows: dict[str, Path | None] = {}
@@ -92,8 +93,9 @@ def name_rows(models: Sequence[str]) -> dict[str, Path | None]:
         if name == LINEARIZED:
             rows[LINEARIZED] = None
         elif name != TEACHER:
-            folder = folders[os.path.realpath(Path(name).expanduser())]
-            rows[_shortest_end(folder, folders.values())] = folder
+            written = Path(name).expanduser()
+            row = _shortest_end(folders[os.path.realpath(written)], folders.values())
+            rows.setdefault(row, written)
     return rows
 
 
