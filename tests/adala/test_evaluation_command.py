@@ -120,7 +120,7 @@ class TestNames:
         (tmp_path / "x" / "stage2").mkdir(parents=True)
         (tmp_path / "newest").symlink_to(tmp_path / "x" / "stage2")
         assert name_rows(["x/stage2", "linearized", "~/y/stage2", "newest"]) == {
-            "x/stage2": tmp_path / "x" / "stage2",
+            "x/stage2": Path("x/stage2"),
             "linearized": None,
             "y/stage2": tmp_path / "home" / "y" / "stage2",
         }
