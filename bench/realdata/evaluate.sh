@@ -30,6 +30,12 @@ evaluate() {
         --protocol.precision bf16 --protocol.measures "$3" "${@:4}"
 }
 
+# features NAME MEASURES OPTION...: leaves the features that these measures need on the disk.
+features() {
+    evaluate "$1" features "[$2]" --models "${students[@]}" --protocol.segmentation.epochs 1 --protocol.probe.epochs 1 \
+        "${@:3}"
+}
+
 # clocked NAME MEASURES BATCH OPTION...: in one process with nothing beside it, since speed is measured, too.
 clocked() {
     [[ -f runs/frozen-$1/evaluation.json ]] || OMP_NUM_THREADS=$ranks python launchers/evaluate.py \
@@ -60,21 +66,21 @@ done
 # What takes long first: features, on all ranks, kept on the disk; and Stage 3.
 declare -A task=([earth]='{name: segmentation, num_classes: 6}' [scenes]='{name: segmentation, num_classes: 13}'
     [stamps]='{name: classification, num_classes: 12}' [fashion]='{name: classification, num_classes: 10}')
-# DINOv2's 32 epochs are 40,000 steps on ADE20K, and 224 on 102 tiles, which no head learns in: some 2,500 here.
-all_earth=(--protocol.segmentation.epochs 360)
-some_scenes=(--protocol.segmentation.train_samples 600 --protocol.segmentation.epochs 66)
+# DINOv2's 32 epochs are 40,000 steps on ADE20K, and 224 on 102 tiles, which no head learns in: some 1,300 here.
+all_earth=(--protocol.segmentation.epochs 200)
+some_scenes=(--protocol.segmentation.train_samples 600)
 some_fashion=(--protocol.probe.train_samples 15000)
 scored earth 448 "${task[earth]}"
-evaluate earth features '[segmentation]' --models "${students[@]}" "${all_earth[@]}"
+features earth segmentation
 tuned earth 6
 scored stamps 448 "${task[stamps]}"
-evaluate stamps features '[knn, probe]' --models "${students[@]}"
+features stamps 'knn, probe'
 scored scenes 448 "${task[scenes]}"
-evaluate scenes features '[segmentation]' --models "${students[@]}" "${some_scenes[@]}"
+features scenes segmentation "${some_scenes[@]}"
 tuned scenes 13
 # At 28 px, 112 are an enlargement already; all 280,000 images at 448 px would be a day.
 scored fashion 112 "${task[fashion]}"
-evaluate fashion features '[knn, probe]' --models "${students[@]}" "${some_fashion[@]}"
+features fashion 'knn, probe' "${some_fashion[@]}"
 
 # Then everything from there in one process, with the clock: the machine must have nothing else to do.
 scored=(--data.image_size '[448, 448]')
@@ -84,6 +90,6 @@ clocked earth segmentation 1 "${all_earth[@]}"
 scored stamps 448 "${task[stamps]}"
 clocked stamps 'knn, probe' 1
 scored scenes 448 "${task[scenes]}"
-clocked scenes segmentation 1 "${some_scenes[@]}"
+clocked scenes segmentation 1 "${some_scenes[@]}" --protocol.segmentation.epochs 34
 scored fashion 112 "${task[fashion]}"
 clocked fashion 'knn, probe' 32 "${some_fashion[@]}"
