@@ -68,8 +68,8 @@ declare -A task=([earth]='{name: segmentation, num_classes: 6}' [scenes]='{name:
     [stamps]='{name: classification, num_classes: 12}' [fashion]='{name: classification, num_classes: 10}')
 # DINOv2's 32 epochs are 40,000 steps on ADE20K, and 224 on 102 tiles, which no head learns in: some 1,300 here.
 all_earth=(--protocol.segmentation.epochs 200)
-some_scenes=(--protocol.segmentation.train_samples 600)
-some_fashion=(--protocol.probe.train_samples 15000)
+some_scenes=(--protocol.segmentation.train_samples 400)
+some_fashion=(--protocol.probe.train_samples 5000)
 scored earth 448 "${task[earth]}"
 features earth segmentation
 tuned earth 6
@@ -90,6 +90,6 @@ clocked earth segmentation 1 "${all_earth[@]}"
 scored stamps 448 "${task[stamps]}"
 clocked stamps 'knn, probe' 1
 scored scenes 448 "${task[scenes]}"
-clocked scenes segmentation 1 "${some_scenes[@]}" --protocol.segmentation.epochs 34
+clocked scenes segmentation 1 "${some_scenes[@]}" --protocol.segmentation.epochs 50
 scored fashion 112 "${task[fashion]}"
 clocked fashion 'knn, probe' 32 "${some_fashion[@]}"
