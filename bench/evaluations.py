@@ -7,11 +7,13 @@ The page's tables are made of the JSON alone; a test holds one against the other
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from adala.evaluation_report import EvaluationDocument, kept, parse_document, read_document, to_json
+from adala.evaluation_report import EvaluationDocument, kept, parse_document, to_json
 from adala.files import read_json, write_json, write_whole
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -32,14 +34,17 @@ Documents = Mapping[str, EvaluationDocument]
 
 def collect(runs: Path) -> dict[str, EvaluationDocument]:
     """The evaluations that ``bench/realdata/evaluate.sh`` has left in ``runs``, by data set."""
-    folders = {name: runs / f"frozen-{name}" for name in SETS} | {
-        f"{name}{TUNED}": runs / f"tuned-{name}" for name in SETS
+    passes = {"frozen": "", "tuned": TUNED}
+    files = {
+        f"{name}{end}": runs / f"{kind}-{name}" / "evaluation.json" for kind, end in passes.items() for name in SETS
     }
-    return {
-        name: read_document(folder / "evaluation.json")
-        for name, folder in folders.items()
-        if (folder / "evaluation.json").is_file()
-    }
+    there = {name: path for name, path in files.items() if path.is_file()}
+    return {name: parse_document(_without_home(read_json(path)), path) for name, path in there.items()}
+
+
+def _without_home(stored: Any) -> Any:
+    """A JSON value in which paths below the home folder are everybody's."""
+    return json.loads(json.dumps(stored).replace(f"{Path.home()}/", "~/"))
 
 
 def tables(documents: Documents) -> str:

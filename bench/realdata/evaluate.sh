@@ -46,10 +46,10 @@ frozen() {
     clocked "$@"
 }
 
-# tuned SET CLASSES: teacher and student, each with two heads, on crops of 224 px; scored at 448 px.
+# tuned SET CLASSES HEAD...: teacher and student with each head, on crops of 224 px; scored at 448 px.
 tuned() {
     local head options models=()
-    for head in linear pmt; do
+    for head in "${@:3}"; do
         scored "$1" 448 "{name: segmentation, num_classes: $2, head: $head}"
         options=("${scored[@]}" --stage3.train_data "$real/$1/train-*.tar" --stage3.image_size '[224, 224]'
             --stage3.augmentation scale --stage3.global_batch_size 16 --stage3.micro_batch_size 4
@@ -83,5 +83,5 @@ frozen scenes segmentation 1 "${some_scenes[@]}"
 # At 28 px, 112 are an enlargement already; all 280,000 images at 448 px would be a day.
 scored fashion 112 "${task[fashion]}"
 frozen fashion 'knn, probe' 32 "${some_fashion[@]}"
-tuned earth 6
-tuned scenes 13
+tuned earth 6 linear pmt
+tuned scenes 13 linear

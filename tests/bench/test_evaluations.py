@@ -71,6 +71,12 @@ def test_what_is_there_is_collected_and_put_between_the_marks(tmp_path: Path, mo
     assert evaluations.tables(evaluations.read_results()) in page.read_text()
 
 
+def test_nobodys_home_is_published(tmp_path: Path) -> None:
+    seen = replace(FROZEN, data={"image_size": [448, 448], "notes": [f"{Path.home()}/.cache/x.tar is empty"]})
+    write_document(tmp_path / "frozen-earth", seen)
+    assert evaluations.collect(tmp_path)["earth"].data["notes"] == ["~/.cache/x.tar is empty"]
+
+
 def test_a_page_without_the_marks_is_left_alone(tmp_path: Path, monkeypatch, capsys) -> None:
     page = tmp_path / "RESULTS.md"
     page.write_text("before\n")
