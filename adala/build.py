@@ -117,7 +117,18 @@ def prepare_student(plan: StagePlan, student: LinearizedVisionTransformer) -> No
 def build_stage(plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer) -> Stage:
     """The stage module around a prepared student."""
     # The teacher computes in the student's precision, so that a student equal to it is equal to the bit.
-    return STAGE_BUILDERS[plan.kind.name](plan, student, teacher.to(plan.model.precision.dtype))
+    stage = STAGE_BUILDERS[plan.kind.name](plan, student, teacher.to(plan.model.precision.dtype))
+    if plan.config.activation_checkpointing:
+        stage.checkpoint_activations()
+    if plan.config.compile:
+        # ZeRO-3 fetches weights in hooks on every module inside a block.
+        if plan.model.precision.zero_stage == 3:
+            raise ValueError(
+                f"stage{plan.number}.compile is true: torch.compile cannot see through the hooks of ZeRO-3 "
+                f"(ds_config {plan.model.precision.name}): leave it out, or use ZeRO 0, 1 or 2"
+            )
+        stage.compile_blocks()
+    return stage
 
 
 def _build_attention_alignment(

@@ -101,6 +101,11 @@ class StageConfig(Checked):
     image_size: list[int] | None = None
     """Height and width in pixels that this stage trains on and is evaluated on meanwhile; null takes data.image_size,
     which the model is built for. A smaller one is cheaper: position embeddings are resampled as images come."""
+    activation_checkpointing: bool = False
+    """Drops the activations inside each block and computes them again in the backward pass: much less memory for a
+    third more work, the same losses to the bit. Stage 1 holds one block's anyway, but under ZeRO-3."""
+    compile: bool = False
+    """Trains with the blocks under torch.compile, which the first steps wait for; results change by rounding."""
     start_from: str = "auto"
     """``auto`` (the newest earlier stage's student in this run, else the linearized teacher), ``linearized``, or a
     folder with an exported student."""

@@ -30,7 +30,15 @@ from adala.tasks import Task, describe_task, read_task
 RANDOM = "random"
 # Keys of a stage that may change while it is under way, and after it: they decide when something is said or saved, how
 # a batch is cut, and where files lie, not what is trained. ``steps`` may grow while it is under way.
-MAY_CHANGE = ("log_every", "save_every", "evaluate_every", "max_skipped_steps", "micro_batch_size")
+MAY_CHANGE = (
+    "log_every",
+    "save_every",
+    "evaluate_every",
+    "max_skipped_steps",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "compile",
+)
 # What stands for these among the conditions is the digest of what they name.
 BY_DIGEST = ("start_from", "train_data")
 

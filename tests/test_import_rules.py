@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"adala.evaluation_command"},
     {"adala.attention", "adala.protocol", "adala.commands"},
     {"adala.config", "adala.failures", "adala.weights", "adala.machine"},
-    {"adala.rules", "adala.distributed", "adala.files", "adala.plugins"},
+    {"adala.rules", "adala.distributed", "adala.files", "adala.plugins", "adala.compilation", "adala.activations"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
 
