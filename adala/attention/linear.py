@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adala.attention.base import TokenMixer
+from adala.attention.kernels import fused_elu_attention, fused_elu_attention_packed, uses_kernel
 from adala.attention.layout import TokenLayout
 from adala.attention.precision import accumulation_dtype, full_precision
 
@@ -82,7 +83,14 @@ class LinearMixer(TokenMixer):
     rows_are_independent = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        if uses_kernel(v.device, v.dtype, v.shape[-1]):
+            return fused_elu_attention(q, k, v, self.options.den_added)
         return linear_attention(elu_plus_one(q), elu_plus_one(k), v, den_added=self.options.den_added)
+
+    def mix_packed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
+        if uses_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
+            return fused_elu_attention_packed(qkv, self.options.den_added)
+        return super().mix_packed(qkv, layout)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
         return elu_attention_reference(q, k, v, self.options.den_added)

@@ -11,7 +11,7 @@ Paper: arXiv 2603.16063 (ViT-AdaLA); arXiv 2006.16236, eq. 7.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -75,90 +75,86 @@ class _Buffers:
         return torch.mul(left, right, out=self.take("product", left.shape)).sum(-1, keepdim=True)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, den_added: float) -> Tensor:
-    """Writes normalised linear attention into ``out``.
+def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, den_added: float) -> None:
+    """Writes normalised linear attention to ``out``, and the sums that it is made of to ``sums``.
 
     Args:
         q: Queries, (B, H, N, d), of any strides.
         k: Keys.
         v: Values.
-        out: Of that shape and any strides.
+        out: Of the shape of v and any strides.
+        sums: S and z, (B, H, d + 1, d) float32: key features times values, and alone, summed over tokens.
         den_added: Added to the denominator.
-
-    Returns:
-        (B, H, d + 1, d) sums over tokens of [v, 1] times key features, in float32: the last row is the normaliser.
     """
     batch, num_heads, num_tokens, width = q.shape
     buffers = _Buffers(q)
-    sums = q.new_zeros(batch, num_heads, width + 1, width, dtype=torch.float32)
+    sums.zero_()
     for images, pieces in chunks(batch, num_tokens, num_heads * width):
-        values_keys, normaliser = _parts(sums[images])
+        key_values, normaliser = _parts(sums[images])
         for tokens in pieces:
             key_features = buffers.features("features", k[images, :, tokens])
-            values_keys += torch.bmm(buffers.load("values", v[images, :, tokens]).transpose(1, 2), key_features)
+            key_values += torch.bmm(key_features.transpose(1, 2), buffers.load("values", v[images, :, tokens]))
             normaliser += key_features.sum(1, keepdim=True)
-        key_values = values_keys.transpose(1, 2).contiguous()
         for tokens in pieces:
             query_features = buffers.features("features", q[images, :, tokens])
             numerator = buffers.product("values", query_features, key_values)
             denominator = buffers.row_sums(query_features, normaliser).add_(den_added)
             place = out[images, :, tokens]
             torch.div(numerator.view(place.shape), denominator.view(*place.shape[:-1], 1), out=place)
-    return sums
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor, grads: tuple[Tensor, Tensor, Tensor], den_added: float
+    inputs: Sequence[Tensor], grad: Tensor, sums: Tensor, gradients: Sequence[Tensor], den_added: float
 ) -> None:
-    """Writes the gradients of queries, keys and values into ``grads``.
+    """Writes the gradients of queries, keys and values.
 
-    With features a and b, sums S and z, o = a S / den and g = grad / den, the gradient of den is e = -(g . o):
-    da = g S^T + e z, dS = sum_tokens a^T g, dz = sum_tokens e a; db = v dS^T + dz, dv = b dS.
+    With features a and b, o = a S / den and g = grad / den, the gradient of den is e = -(g . o): da = g S^T + e z,
+    dS = sum_tokens a^T g, dz = sum_tokens e a; db = v dS^T + dz, dv = b dS.
 
     Args:
-        grad: Gradient of the output, (B, H, N, d), of any strides.
-        q: Queries, as in :func:`forward`.
-        k: Keys.
-        v: Values.
-        sums: What :func:`forward` returned.
-        grads: Of the shape of q, k and v each, of any strides.
+        inputs: q, k, v, (B, H, N, d) each, of any strides.
+        grad: Gradient of the output, as these.
+        sums: What :func:`forward` wrote.
+        gradients: dq, dk, dv, written; as the inputs.
         den_added: As in :func:`forward`.
     """
+    (q, k, v), (grad_q, grad_k, grad_v) = inputs, gradients
     batch, num_heads, num_tokens, width = q.shape
     buffers = _Buffers(q)
-    grad_q, grad_k, grad_v = grads
     for images, pieces in chunks(batch, num_tokens, num_heads * width):
-        values_keys, normaliser = _parts(sums[images])
-        key_values = values_keys.transpose(1, 2).contiguous()
-        grad_sums = values_keys.new_zeros(len(values_keys), width + 1, width)
-        grad_values_keys, grad_normaliser = _parts(grad_sums[None])
+        grad_sums = torch.zeros_like(sums[images])
         for tokens in pieces:
-            query_features = buffers.features("features", q[images, :, tokens])
-            denominator = buffers.row_sums(query_features, normaliser).add_(den_added)
-            arrived = buffers.load("grad", grad[images, :, tokens])
-            scaled = torch.div(arrived, denominator, out=buffers.take("scaled", arrived.shape))
-            numerator = buffers.product("values", query_features, key_values)
-            grad_denominator = buffers.row_sums(numerator, scaled).div_(denominator).neg_()
-            grad_values_keys += torch.bmm(scaled.transpose(1, 2), query_features)
-            grad_features = buffers.product("values", scaled, values_keys).addcmul_(normaliser, grad_denominator)
-            grad_normaliser += torch.mul(
-                query_features, grad_denominator, out=buffers.take("product", query_features.shape)
-            ).sum(1, keepdim=True)
-            _through_features(grad_features, query_features, grad_q[images, :, tokens])
-        grad_key_values = grad_values_keys.transpose(1, 2).contiguous()
+            here = (images, slice(None), tokens)
+            _queries_backward(buffers, q[here], grad[here], sums[images], grad_sums, grad_q[here], den_added)
+        grad_key_values, grad_normaliser = _parts(grad_sums)
         for tokens in pieces:
-            key_features = buffers.features("features", k[images, :, tokens])
-            values = buffers.load("values", v[images, :, tokens])
-            grad_features = torch.baddbmm(
-                grad_normaliser, values, grad_values_keys, out=buffers.take("scaled", values.shape)
-            )
-            place = grad_v[images, :, tokens]
-            place.copy_(buffers.product("product", key_features, grad_key_values).view(place.shape))
-            _through_features(grad_features, key_features, grad_k[images, :, tokens])
+            here = (images, slice(None), tokens)
+            key_features, values = buffers.features("features", k[here]), buffers.load("values", v[here])
+            grad_features = buffers.take("scaled", values.shape)
+            torch.baddbmm(grad_normaliser, values, grad_key_values.transpose(1, 2), out=grad_features)
+            grad_v[here].copy_(buffers.product("product", key_features, grad_key_values).view(v[here].shape))
+            _through_features(grad_features, key_features, grad_k[here])
+
+
+def _queries_backward(
+    buffers: _Buffers, q: Tensor, grad: Tensor, sums: Tensor, grad_sums: Tensor, grad_q: Tensor, den_added: float
+) -> None:
+    """Of one chunk: writes its dq, and adds its part to dS and dz."""
+    (key_values, normaliser), (grad_key_values, grad_normaliser) = _parts(sums), _parts(grad_sums)
+    query_features, arrived = buffers.features("features", q), buffers.load("arrived", grad)
+    denominator = buffers.row_sums(query_features, normaliser).add_(den_added)
+    scaled = torch.div(arrived, denominator, out=buffers.take("scaled", arrived.shape))
+    numerator = buffers.product("values", query_features, key_values)
+    grad_denominator = buffers.row_sums(numerator, scaled).div_(denominator).neg_()
+    grad_key_values += torch.bmm(query_features.transpose(1, 2), scaled)
+    weighted = torch.mul(query_features, grad_denominator, out=buffers.take("product", query_features.shape))
+    grad_normaliser += weighted.sum(1, keepdim=True)
+    grad_features = buffers.product("values", scaled, key_values.transpose(1, 2))
+    _through_features(grad_features.addcmul_(normaliser, grad_denominator), query_features, grad_q)
 
 
 def _parts(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the sums (G, H, d + 1, d): S^T (G H, d, d) and z (G H, 1, d)."""
+    """Views of the sums (G, H, d + 1, d): S (G H, d, d) and z (G H, 1, d)."""
     sums = sums.flatten(0, 1)
     return sums[:, :-1], sums[:, -1:]
 

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from adala.attention.kernels import chunked
 from adala.attention.kernels.plan import SCHEMES, Tile, choose_split, choose_tiles, padded_head_dim
-from adala.attention.kernels.support import unsupported_reason
+from adala.attention.kernels.support import is_chunked, unsupported_reason
 
 # Few, as every program takes the interpreter milliseconds, yet enough that tokens are split among some.
 INTERPRETED_MULTIPROCESSORS = 1
@@ -374,8 +375,11 @@ def _(grad_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, den_added: float) -> tuple[Tensor, Tensor]:
     """(B, N, H, d) in and out, and the sums."""
-    q, k, v = (_with_near_channels(tokens) for tokens in (q, k, v))
     out, sums = _new_output(v)
+    if is_chunked(v.device):
+        chunked.forward(*_heads_first(q, k, v, out), sums, den_added)
+        return out, sums
+    q, k, v = (_with_near_channels(tokens) for tokens in (q, k, v))
     _run(forward_launches(q, k, v, out, sums, den_added, _num_multiprocessors(v.device)))
     return out, sums
 
@@ -384,6 +388,9 @@ def _backward(
     inputs: Sequence[Tensor], grad: Tensor, sums: Tensor, gradients: Sequence[Tensor], den_added: float
 ) -> None:
     """(B, N, H, d) all but ``sums``; writes ``gradients``."""
+    if is_chunked(grad.device):
+        chunked.backward(_heads_first(*inputs), *_heads_first(grad), sums, _heads_first(*gradients), den_added)
+        return
     inputs = [_with_near_channels(tokens) for tokens in inputs]
     grad = _with_near_channels(grad.to(inputs[2].dtype))
     _run(backward_launches(inputs, grad, sums, gradients, den_added, _num_multiprocessors(grad.device)))
@@ -424,6 +431,10 @@ def _new_tokens(like: Tensor) -> Tensor:
 
 
 def _tokens_first(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 

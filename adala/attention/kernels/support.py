@@ -16,6 +16,7 @@ MIN_CAPABILITY = (8, 0)
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the fused kernels cannot run, in a few words; None when they can. Never raises.
 
+    On a CPU a chunked form of the same takes Triton's place; on ``meta`` nothing is computed, and everything can run.
     torch.compile takes the answer for constant.
 
     Args:
@@ -27,6 +28,8 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) 
         return str(dtype).removeprefix("torch.")
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % HEAD_DIM_STEP:
         return f"head_dim {head_dim}"
+    if is_chunked(device) or device.type == "meta":
+        return None
     if not _has_triton():
         return "no Triton"
     if is_interpreted():
@@ -36,6 +39,11 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) 
     if torch.version.hip is not None:
         return "ROCm"
     return _lack_of_gpu(device, choose_tiles(dtype, head_dim).shared_bytes, head_dim)
+
+
+def is_chunked(device: torch.device) -> bool:
+    """Whether tensors there go through :mod:`adala.attention.kernels.chunked` instead of Triton."""
+    return device.type == "cpu" and not is_interpreted()
 
 
 def is_interpreted() -> bool:
