@@ -204,6 +204,8 @@ class Recipe(Checked):
     over_conversion: list[str] | str = dataclasses.field(default_factory=list)
     """Keys (``stage1.lr``, say) whose value here goes before what a native conversion states; those given on the
     command line are added by themselves."""
+    kernel: Literal["auto", "fused", "reference"] = "auto"
+    """What linear attention is computed by: a fused kernel wherever there is one, or plain operations (``reference``)."""
     ds_config: str = "zero1"
     """DeepSpeed configuration (ZeRO and precision only): a name in ds_configs/ or a path."""
     tensorboard: bool = True

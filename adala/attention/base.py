@@ -6,6 +6,7 @@ Shapes: B batch, H heads, N tokens, d head dim, D embed dim (D = H d for every p
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from adala.attention.layout import TokenLayout, layout_of_tokens
@@ -80,6 +81,10 @@ class TokenMixer(nn.Module):
         """
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self(q, k, v, layout).transpose(1, 2).flatten(2)
+
+    def describe_kernel(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """In words, what it is computed by for values of this kind; None where there is but one way."""
+        return None
 
     def begin_step(self, step: int) -> None:
         """Called by the trainer before optimizer step ``step``, counted from 0; most mechanisms have nothing to do.

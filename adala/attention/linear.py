@@ -5,10 +5,11 @@ Shapes: B batch, H heads, N tokens, d head dim, M features.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adala.attention.base import TokenMixer
-from adala.attention.kernels import fused_elu_attention, fused_elu_attention_packed, uses_kernel
+from adala.attention.kernels import describe_kernel, fused_elu_attention, fused_elu_attention_packed, uses_kernel
 from adala.attention.layout import TokenLayout
 from adala.attention.precision import accumulation_dtype, full_precision
 
@@ -86,6 +87,9 @@ class LinearMixer(TokenMixer):
         if uses_kernel(v.device, v.dtype, v.shape[-1]):
             return fused_elu_attention(q, k, v, self.options.den_added)
         return linear_attention(elu_plus_one(q), elu_plus_one(k), v, den_added=self.options.den_added)
+
+    def describe_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return describe_kernel(device, dtype, self.shape.head_dim)
 
     def mix_packed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
         if uses_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
