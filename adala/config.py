@@ -205,7 +205,7 @@ class Recipe(Checked):
     """Keys (``stage1.lr``, say) whose value here goes before what a native conversion states; those given on the
     command line are added by themselves."""
     kernel: Literal["auto", "fused", "reference"] = "auto"
-    """What linear attention is computed by: a fused kernel wherever there is one, or plain operations (``reference``)."""
+    """What computes linear attention: a fused kernel wherever there is one, or plain operations (``reference``)."""
     ds_config: str = "zero1"
     """DeepSpeed configuration (ZeRO and precision only): a name in ds_configs/ or a path."""
     tensorboard: bool = True
