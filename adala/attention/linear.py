@@ -92,12 +92,16 @@ class LinearMixer(TokenMixer):
         return describe_kernel(device, dtype, self.shape.head_dim)
 
     def mix_packed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
-        if uses_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
+        # A subclass that mixes in another way has another forward, and not necessarily another one of this.
+        if type(self).forward is _FORWARD and uses_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
             return fused_elu_attention_packed(qkv, self.options.den_added)
         return super().mix_packed(qkv, layout)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
         return elu_attention_reference(q, k, v, self.options.den_added)
+
+
+_FORWARD = LinearMixer.forward
 
 
 def elu_attention_reference(q: Tensor, k: Tensor, v: Tensor, den_added: float = 1e-6) -> Tensor:

@@ -12,7 +12,7 @@ from adala.attention.kernels import (
     is_interpreted,
     uses_kernel,
 )
-from adala.attention.linear import elu_attention_reference, elu_plus_one
+from adala.attention.linear import LinearMixer, elu_attention_reference, elu_plus_one
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="Triton's interpreter takes the CPU's tensors")
 
@@ -134,6 +134,16 @@ def test_the_mixer_takes_the_kernel_where_there_is_one(mixer) -> None:
     assert calls_of_the_kernel(mixer, packed(1, 17, torch.float64)) == 0
     set_kernel("reference")
     assert calls_of_the_kernel(mixer, packed(1, 17, torch.float32)) == 0
+
+
+def test_a_subclass_with_another_forward_is_heard() -> None:
+    class Doubled(LinearMixer):
+        def forward(self, q, k, v, layout):
+            return 2 * super().forward(q, k, v, layout)
+
+    shape, qkv = AttentionShape(2, 32, TokenLayout((4, 4), 1)), packed(2, 17, torch.float32)
+    once, twice = (mixer(shape).mix_packed(qkv, shape.layout) for mixer in (LinearMixer, Doubled))
+    torch.testing.assert_close(twice, 2 * once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,7 +13,7 @@ from results import read_results
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from adala.attention import TokenMixer, resolve_mechanism
+from adala.attention import resolve_mechanism
 from adala.attention.linear import LinearMixer
 
 TINY = Case("test_vit", {"depth": 2})
@@ -159,7 +159,6 @@ def test_the_counter_agrees_with_the_formula_in_the_papers_network(mechanism):
 def test_a_mixer_that_does_more_than_its_formula_is_counted(monkeypatch):
     case = replace(TINY, mechanism="linear", image_size=(512, 512))
     before, forward = measure_cost(case).macs, LinearMixer.forward
-    monkeypatch.setattr(LinearMixer, "mix_packed", TokenMixer.mix_packed)
     monkeypatch.setattr(LinearMixer, "forward", lambda self, q, k, v, t: forward(self, q, k, v, t) + 0 * (q @ k.mT) @ v)
     model = build_model(replace(TINY, mechanism="linear"))
     attention = model.blocks[0].attn
