@@ -108,8 +108,8 @@ def backward(
 ) -> None:
     """Writes the gradients of queries, keys and values.
 
-    With features a and b, o = a S / den and g = grad / den, the gradient of den is e = -(g . o): da = g S^T + e z,
-    dS = sum_tokens a^T g, dz = sum_tokens e a; db = v dS^T + dz, dv = b dS.
+    With features a and b and o = a S / den, the gradient of den is e = -(grad . o) / den: da = grad S^T / den + e z,
+    dS = sum_tokens a^T grad / den, dz = sum_tokens e a; db = v dS^T + dz, dv = b dS.
 
     Args:
         inputs: q, k, v, (B, H, N, d) each, of any strides.
@@ -139,18 +139,20 @@ def backward(
 def _queries_backward(
     buffers: _Buffers, q: Tensor, grad: Tensor, sums: Tensor, grad_sums: Tensor, grad_q: Tensor, den_added: float
 ) -> None:
-    """Of one chunk: writes its dq, and adds its part to dS and dz."""
+    """Of one chunk: writes its dq, and adds its part to dS and dz.
+
+    With t = S grad, the output needs no product of its own: grad . o = a . t / den.
+    """
     (key_values, normaliser), (grad_key_values, grad_normaliser) = _parts(sums), _parts(grad_sums)
     query_features, arrived = buffers.features("features", q), buffers.load("arrived", grad)
-    denominator = buffers.row_sums(query_features, normaliser).add_(den_added)
-    scaled = torch.div(arrived, denominator, out=buffers.take("scaled", arrived.shape))
-    numerator = buffers.product("values", query_features, key_values)
-    grad_denominator = buffers.row_sums(numerator, scaled).div_(denominator).neg_()
-    grad_key_values += torch.bmm(query_features.transpose(1, 2), scaled)
-    weighted = torch.mul(query_features, grad_denominator, out=buffers.take("product", query_features.shape))
-    grad_normaliser += weighted.sum(1, keepdim=True)
-    grad_features = buffers.product("values", scaled, key_values.transpose(1, 2))
-    _through_features(grad_features.addcmul_(normaliser, grad_denominator), query_features, grad_q)
+    inverse = buffers.row_sums(query_features, normaliser).add_(den_added).reciprocal_()
+    grad_features = buffers.product("values", arrived, key_values.transpose(1, 2))
+    along_output = buffers.row_sums(query_features, grad_features).mul_(inverse)
+    scaled = torch.mul(query_features, inverse, out=buffers.take("scaled", query_features.shape))
+    grad_key_values += torch.bmm(scaled.transpose(1, 2), arrived)
+    grad_normaliser -= scaled.mul_(along_output).sum(1, keepdim=True)
+    grad_features.addcmul_(normaliser, along_output, value=-1).mul_(inverse)
+    _through_features(grad_features, query_features, grad_q)
 
 
 def _parts(sums: Tensor) -> tuple[Tensor, Tensor]:
