@@ -13,7 +13,7 @@ Shapes: B batch, N tokens, H heads, d head dim.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -133,12 +133,14 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * COPIED_BYTES / min(measure(runner, 2) for _ in range(5))
 
 
-def measure_case(qkv: Tensor, what: str, rounds: int, bandwidth: float) -> list[Row]:
-    """Every operator on one projection."""
+def measure_case(qkv: Tensor, what: str, rounds: int, bandwidth: float, left_out: Sequence[str] = ()) -> list[Row]:
+    """Every operator on one projection, but for those that are left out."""
     measure = timing.measure_for(qkv.device)
     runners: dict[str, timing.Runner] = {}
     errors: dict[str, str] = {}
     for name, mix in operators(qkv):
+        if name in left_out:
+            continue
         try:
             call = captured(CALLS[what](mix, qkv), qkv.device)
             runners[name] = timing.warmed(timing.Runner(call), measure)
@@ -174,7 +176,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS if on_gpu else TOKENS[:5], help="N")
@@ -182,10 +184,11 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=16 if on_gpu else 6, help="H")
     parser.add_argument("--head_dim", type=int, default=64, help="d")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--without", nargs="+", default=[], help=f"operators to leave out ('{COMPILED}', say)")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/attention"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = torch.device("cuda" if on_gpu else "cpu")
     bandwidth, rows = copy_bandwidth(device), []
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s", flush=True)
@@ -193,7 +196,7 @@ def main() -> int:
         generator = torch.Generator(device).manual_seed(options.seed)
         shape = (options.batch, tokens, 3, options.heads, options.head_dim)
         qkv = torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
-        found = measure_case(qkv, what, options.rounds, bandwidth)
+        found = measure_case(qkv, what, options.rounds, bandwidth, options.without)
         print(table(found), flush=True)
         rows += found
         torch.compiler.reset()
