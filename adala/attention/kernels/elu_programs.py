@@ -8,7 +8,8 @@ rows of S = sum_n b_n v_n^T, then z = sum_n b_n; in the backward pass dS and dz 
 Every product on tensor cores has one operand that came out of memory (v, or the gradient), which bf16 and tf32 hold
 exactly, and one in float32. ``SCHEME`` says how the float32 operand is not rounded:
 
-- ``"bf16"``, for bf16 tensors: it is cut into three bf16 terms, which hold the 24 bits of float32;
+- ``"bf16"``, for bf16 tensors: it is cut into bf16 terms. Three hold the 24 bits of float32, for the sums; for features
+  two do, 16 bits, as the rest differs from token to token and averages out;
 - ``"tf32"``, for fp16 tensors, which bf16 cannot hold: two tf32 terms, 22 bits;
 - ``"float32"``, for float32 tensors: no cut, the product itself is in float32.
 
@@ -52,7 +53,43 @@ def _as_operand(x, SCHEME: tl.constexpr):
 
 
 @triton.jit
-def _cut(x, SCHEME: tl.constexpr):
+def _cut_features(x, SCHEME: tl.constexpr):
+    """Two terms, the larger first, and their sum.
+
+    The sum is what stands for the features everywhere else: weights that are a little off still are weights, while two
+    versions of one feature would not cancel where they have to.
+    """
+    if SCHEME == "bf16":
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        kept = high.to(tl.float32) + low.to(tl.float32)
+    elif SCHEME == "tf32":
+        high = _round_to_tf32(x)
+        low = x - high
+        kept = x
+    else:
+        high = x
+        low = x
+        kept = x
+    return high, low, kept
+
+
+@triton.jit
+def _dot_features(high, low, exact, total, SCHEME: tl.constexpr):
+    """total + x^T @ exact, for the terms of features ``x``."""
+    if SCHEME == "bf16":
+        total = tl.dot(tl.trans(low), exact, total)
+        total = tl.dot(tl.trans(high), exact, total)
+    elif SCHEME == "tf32":
+        total = tl.dot(tl.trans(low), exact, total, input_precision="tf32")
+        total = tl.dot(tl.trans(high), exact, total, input_precision="tf32")
+    else:
+        total = tl.dot(tl.trans(high), exact, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _cut_sums(x, SCHEME: tl.constexpr):
     """Terms whose sum is ``x``, the largest first; those that a scheme has no use for are never computed with."""
     if SCHEME == "bf16":
         high = x.to(tl.bfloat16)
@@ -71,24 +108,8 @@ def _cut(x, SCHEME: tl.constexpr):
 
 
 @triton.jit
-def _dot_cut_left(x, exact, total, SCHEME: tl.constexpr):
-    """total + x @ exact, for a float32 ``x``."""
-    high, middle, low = _cut(x, SCHEME)
-    if SCHEME == "bf16":
-        total = tl.dot(low, exact, total)
-        total = tl.dot(middle, exact, total)
-        total = tl.dot(high, exact, total)
-    elif SCHEME == "tf32":
-        total = tl.dot(middle, exact, total, input_precision="tf32")
-        total = tl.dot(high, exact, total, input_precision="tf32")
-    else:
-        total = tl.dot(high, exact, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _dot_cut_right(exact, high, middle, low, SCHEME: tl.constexpr):
-    """exact @ x^T, for the terms of a float32 ``x`` as :func:`_cut` gives them: once for a whole span."""
+def _dot_sums(exact, high, middle, low, SCHEME: tl.constexpr):
+    """exact @ x^T, for the terms of sums ``x`` as :func:`_cut_sums` gives them, once for a whole span."""
     if SCHEME == "bf16":
         total = tl.dot(exact, tl.trans(low))
         total = tl.dot(exact, tl.trans(middle), total)
@@ -192,7 +213,8 @@ def sum_keys(
         b = tl.where((rows < end)[:, None], b, 0.0)
         offsets, mask = _tile(rows, columns, v_token, end, HEAD_DIM)
         value = _as_operand(tl.load(v + offsets, mask=mask, other=0.0), SCHEME)
-        key_values = _dot_cut_left(tl.trans(b), value, key_values, SCHEME)
+        high, low, b = _cut_features(b, SCHEME)
+        key_values = _dot_features(high, low, value, key_values, SCHEME)
         key_sum += tl.sum(b, 0)
     sums += (pair.to(tl.int64) * tl.num_programs(1) + split) * (HEAD_DIM * (HEAD_DIM + 1))
     _store_sums(sums, key_values, key_sum, columns, HEAD_DIM)
@@ -286,7 +308,7 @@ def queries_backward(
     dq += _start_of_pair(pair, num_heads, dq_batch, dq_head)
     columns = tl.arange(0, PADDED)
     key_values, key_sum = _load_sums(sums + pair.to(tl.int64) * (HEAD_DIM * (HEAD_DIM + 1)), columns, HEAD_DIM)
-    high, middle, low = _cut(key_values, SCHEME)
+    sums_high, sums_middle, sums_low = _cut_sums(key_values, SCHEME)
     grad_key_values = tl.zeros((PADDED, PADDED), tl.float32)
     grad_key_sum = tl.zeros((PADDED,), tl.float32)
     begin = split * span
@@ -299,14 +321,14 @@ def queries_backward(
         do = _as_operand(tl.load(grad + offsets, mask=mask, other=0.0), SCHEME)
         a = _elu_plus_one(query)
         den = tl.sum(a * key_sum[None, :], 1) + den_added
-        # Rows beyond the end add nothing to the sums, whatever their denominator is.
-        inverse = tl.where(rows < end, 1.0 / den, 0.0)
-        t = _dot_cut_right(do, high, middle, low, SCHEME)
+        inverse = 1.0 / den
+        t = _dot_sums(do, sums_high, sums_middle, sums_low, SCHEME)
         along_output = tl.sum(a * t, 1) * inverse
         da = (t - along_output[:, None] * key_sum[None, :]) * inverse[:, None]
-        # The denominator goes to a and not to do, which is exact only as it came.
-        scaled = a * inverse[:, None]
-        grad_key_values = _dot_cut_left(tl.trans(scaled), do, grad_key_values, SCHEME)
+        # The denominator goes to a and not to do, which is exact only as it came. Beyond the end, do was read as zero:
+        # those rows add nothing.
+        high, low, scaled = _cut_features(a * inverse[:, None], SCHEME)
+        grad_key_values = _dot_features(high, low, do, grad_key_values, SCHEME)
         grad_key_sum -= tl.sum(scaled * along_output[:, None], 0)
         offsets, mask = _tile(rows, columns, dq_token, end, HEAD_DIM)
         tl.store(dq + offsets, da * _elu_derivative(query, a), mask=mask)
@@ -350,7 +372,7 @@ def keys_backward(
     columns = tl.arange(0, PADDED)
     grad_sums += pair.to(tl.int64) * (HEAD_DIM * (HEAD_DIM + 1))
     grad_key_values, grad_key_sum = _load_sums(grad_sums, columns, HEAD_DIM)
-    high, middle, low = _cut(grad_key_values, SCHEME)
+    high, middle, low = _cut_sums(grad_key_values, SCHEME)
     grad_key_values = _rounded(grad_key_values, SCHEME)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, num_tokens)
@@ -361,7 +383,7 @@ def keys_backward(
         offsets, mask = _tile(rows, columns, v_token, end, HEAD_DIM)
         value = _as_operand(tl.load(v + offsets, mask=mask, other=0.0), SCHEME)
         b = _elu_plus_one(key)
-        db = _dot_cut_right(value, high, middle, low, SCHEME) + grad_key_sum[None, :]
+        db = _dot_sums(value, high, middle, low, SCHEME) + grad_key_sum[None, :]
         offsets, mask = _tile(rows, columns, dk_token, end, HEAD_DIM)
         tl.store(dk + offsets, db * _elu_derivative(key, b), mask=mask)
         offsets, mask = _tile(rows, columns, dv_token, end, HEAD_DIM)

@@ -34,8 +34,8 @@ class Tiles:
     Attributes:
         forward: Of the two programs over tokens in the forward pass.
         backward: Of those in the backward pass.
-        shared_bytes: Shared memory of the hungriest program, in bytes: the most of compute capabilities 8.0 and 9.0,
-            and of q and k in the values' dtype and in float32.
+        shared_bytes: Upper bound of a program's shared memory, in bytes: on compute capabilities 8.0 and 9.0, with q
+            and k in the values' dtype or in float32.
     """
 
     forward: Tile
