@@ -185,12 +185,13 @@ def test_what_a_gpu_can_do(
 def test_refusals_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert unsupported_reason(torch.device("cpu"), torch.bfloat16, 64) == "a CPU"
+    assert unsupported_reason(torch.device("cpu"), torch.bfloat16, 64) is None
+    assert unsupported_reason(torch.device("cpu"), torch.float64, 64) == "float64"
     assert unsupported_reason(torch.device("mps"), torch.bfloat16, 64) == "device mps"
     if not torch.cuda.is_available():
         assert unsupported_reason(torch.device("cuda"), torch.bfloat16, 64) == "no CUDA"
-    with pytest.raises(ValueError, match="cannot run: a CPU"):
-        fused_elu_attention_packed(torch.zeros(1, 4, 3, 1, 16))
+    with pytest.raises(ValueError, match="cannot run: float64"):
+        fused_elu_attention_packed(torch.zeros(1, 4, 3, 1, 16, dtype=torch.float64))
 
 
 def test_the_question_can_be_asked_in_compiled_code() -> None:

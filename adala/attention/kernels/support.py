@@ -32,10 +32,10 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) 
         return None
     if not _has_triton():
         return "no Triton"
-    if is_interpreted():
-        return None if device.type in ("cpu", "cuda") else _name_of(device)
+    if is_interpreted() and device.type in ("cpu", "cuda"):
+        return None
     if device.type != "cuda":
-        return _name_of(device)
+        return f"device {device.type}"
     if torch.version.hip is not None:
         return "ROCm"
     return _lack_of_gpu(device, choose_tiles(dtype, head_dim).shared_bytes, head_dim)
@@ -74,6 +74,3 @@ def _lack_of_gpu(device: torch.device, shared_bytes: int, head_dim: int) -> str 
         return f"head_dim {head_dim} with {available // 1024} KiB of shared memory"
     return None
 
-
-def _name_of(device: torch.device) -> str:
-    return "a CPU" if device.type == "cpu" else f"device {device.type}"
