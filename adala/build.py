@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,7 +16,6 @@ from adala.checkpoint import KEPT_CHECKPOINTS
 from adala.conversion import LoraSpec
 from adala.data import EvaluationLoader, Preparation, ShardIndex, StreamState, TrainLoader, View, prepare_images
 from adala.distributed import device, from_rank_0, rank, say, world_size
-from adala.engine import Engine, check_ds_config
 from adala.evaluation import Features, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
 from adala.files import file_digest
@@ -25,6 +25,9 @@ from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import LinearizedVisionTransformer, linearize
 from adala.tasks import Task
+
+if TYPE_CHECKING:
+    from adala.engine import Engine
 
 # Images on which the variance of a stage's targets is measured.
 CALIBRATION_SAMPLES = 128
@@ -117,7 +120,18 @@ def prepare_student(plan: StagePlan, student: LinearizedVisionTransformer) -> No
 def build_stage(plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer) -> Stage:
     """The stage module around a prepared student."""
     # The teacher computes in the student's precision, so that a student equal to it is equal to the bit.
-    return STAGE_BUILDERS[plan.kind.name](plan, student, teacher.to(plan.model.precision.dtype))
+    stage = STAGE_BUILDERS[plan.kind.name](plan, student, teacher.to(plan.model.precision.dtype))
+    if plan.config.activation_checkpointing:
+        stage.checkpoint_activations()
+    if plan.config.compile:
+        # ZeRO-3 fetches weights in hooks on every module inside a block.
+        if plan.model.precision.zero_stage == 3:
+            raise ValueError(
+                f"stage{plan.number}.compile is true: torch.compile cannot see through the hooks of ZeRO-3 "
+                f"(ds_config {plan.model.precision.name}): leave it out, or use ZeRO 0, 1 or 2"
+            )
+        stage.compile_blocks()
+    return stage
 
 
 def _build_attention_alignment(
@@ -196,7 +210,10 @@ def _insert_adapters(student: LinearizedVisionTransformer, lora: LoraSpec, seed:
             insert_lora(block.attn, lora.rank, lora.alpha, lora.targets)
 
 
-def build_engine(plan: StagePlan, stage: nn.Module) -> Engine:
+def build_engine(plan: StagePlan, stage: nn.Module) -> "Engine":
+    # Imported here: DeepSpeed takes seconds to import, and what is built on the meta device alone does not need it.
+    from adala.engine import Engine
+
     config = plan.config
     head_lr = getattr(config, "head_lr", None)
     return Engine(
@@ -268,23 +285,35 @@ def build_monitor_loader(plan: StagePlan) -> EvaluationLoader:
     return build_evaluation_loader(plan.data, plan.held_out, plan.monitor_samples, plan.task)
 
 
+def outline_stage(plan: StagePlan) -> Stage:
+    """The stage module around the linearized teacher on the meta device, without memory for its weights.
+
+    Raises:
+        ValueError: Whatever a builder refuses.
+    """
+    model = plan.model
+    with torch.device("meta"):
+        teacher = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
+        check_image_size(teacher, model.teacher.image_size)
+        check_image_size(teacher, plan.data.view.image_size)
+        student = unaligned_student(model, teacher)
+        prepare_student(plan, student)
+        return build_stage(plan, student, teacher)
+
+
 def rehearse(plan: RunPlan) -> None:
     """Builds everything that the plan's stages consist of, without memory or data, so that what fails fails now.
 
     Raises:
         ValueError: Whatever a builder refuses, or a disk without room for the run's checkpoints and students.
     """
+    from adala.engine import check_ds_config
+
     model = plan.model
     check_ds_config(model.precision)
     needed = 0
     for stage_plan in plan.stages:
-        with torch.device("meta"):
-            outline = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
-            check_image_size(outline, model.teacher.image_size)
-            check_image_size(outline, stage_plan.data.view.image_size)
-            student = unaligned_student(model, outline)
-            prepare_student(stage_plan, student)
-            stage = build_stage(stage_plan, student, outline)
+        stage = outline_stage(stage_plan)
         build_train_loader(stage_plan)
         build_monitor_loader(stage_plan)
         needed += _bytes_on_disk(stage_plan, stage)

@@ -7,12 +7,14 @@ was interrupted, or damaged since, is never read.
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adala.distributed import SharedError, from_rank_0, gather_objects, say, world_size
-from adala.engine import Engine
 from adala.files import file_checksum, read_json, remove_tree, sync_file, sync_folder, write_json
 from adala.runs import CHECKPOINT_MARKER as MARKER
+
+if TYPE_CHECKING:
+    from adala.engine import Engine
 
 STATE = "trainer.json"
 PARTIAL_PREFIX = "partial-"
@@ -20,7 +22,7 @@ KEPT_CHECKPOINTS = 2
 
 
 def save_checkpoint(
-    folder: Path, engine: Engine, step: int, state: dict[str, Any], keep_last: int = KEPT_CHECKPOINTS
+    folder: Path, engine: "Engine", step: int, state: dict[str, Any], keep_last: int = KEPT_CHECKPOINTS
 ) -> Path:
     """Saves engine and trainer state after ``step`` optimizer steps; every rank calls it.
 
@@ -124,7 +126,7 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
+def load_checkpoint(path: Path, engine: "Engine") -> dict[str, Any]:
     """Restores the engine and returns the trainer's state; every rank calls it.
 
     Args:

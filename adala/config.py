@@ -101,6 +101,11 @@ class StageConfig(Checked):
     image_size: list[int] | None = None
     """Height and width in pixels that this stage trains on and is evaluated on meanwhile; null takes data.image_size,
     which the model is built for. A smaller one is cheaper: position embeddings are resampled as images come."""
+    activation_checkpointing: bool = False
+    """Drops the activations inside each block and computes them again in the backward pass: much less memory for a
+    third more work, the same losses to the bit. Stage 1 holds one block's anyway, but under ZeRO-3."""
+    compile: bool = False
+    """Trains with the blocks under torch.compile, which the first steps wait for; results change by rounding."""
     start_from: str = "auto"
     """``auto`` (the newest earlier stage's student in this run, else the linearized teacher), ``linearized``, or a
     folder with an exported student."""
@@ -199,6 +204,8 @@ class Recipe(Checked):
     over_conversion: list[str] | str = dataclasses.field(default_factory=list)
     """Keys (``stage1.lr``, say) whose value here goes before what a native conversion states; those given on the
     command line are added by themselves."""
+    kernel: Literal["auto", "fused", "reference"] = "auto"
+    """What computes linear attention: a fused kernel wherever there is one, or plain operations (``reference``)."""
     ds_config: str = "zero1"
     """DeepSpeed configuration (ZeRO and precision only): a name in ds_configs/ or a path."""
     tensorboard: bool = True

@@ -85,6 +85,8 @@ class Engine:
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "gradient_clipping": gradient_clipping,
             "steps_per_print": 10**9,
+            # It waits for the device in every step, and nobody reads it.
+            "timers": {"throughput": {"enabled": False}},
         }
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -143,9 +145,13 @@ class Engine:
         """Whether the last :meth:`step` changed the weights; a gradient that is not finite is passed over."""
         return self._engine.was_step_applied() and (self.zero_stage > 0 or math.isfinite(self._norm))
 
-    def gradient_norm(self) -> float:
-        """Global gradient norm of the last step before clipping."""
-        return float(self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm())
+    def outcome(self) -> tuple[Tensor, Tensor]:
+        """Of the last step, on this rank's device: whether it was skipped (0 or 1), and else the global gradient norm
+        before clipping."""
+        if not self.was_step_applied():
+            return torch.ones((), device=device()), torch.zeros((), device=device())
+        norm = self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
+        return torch.zeros((), device=device()), torch.as_tensor(norm, dtype=torch.float32, device=device())
 
     def has_finite_weights(self) -> bool:
         """Whether this rank's part of the weights holds neither NaN nor infinity."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adala.attention import set_kernel
 from adala.backbones import check_image_size
 from adala.build import build_evaluation_loader
 from adala.comparison import BASELINES, Comparer, Comparison
@@ -61,6 +62,7 @@ def run_evaluation(command: EvaluationCommand) -> None:
     Raises:
         ValueError: Something about recipe, data, models or protocol is wrong; the message says what to do.
     """
+    set_kernel(command.recipe.kernel)
     plan, rows, cache = resolve_run(command.recipe, ()), name_rows(command.models), cache_folder(command)
     from_rank_0(partial(_check_folders, {"--out": output_folder(command), "--cache": cache}))
     from_rank_0(partial(_check_students, rows, plan))

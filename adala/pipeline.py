@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adala.attention import merge_lora
+from adala.attention import merge_lora, set_kernel
 from adala.build import (
     Start,
     build_engine,
@@ -40,6 +40,7 @@ from adala.report import Report, ReportRow, draw_report, print_report, read_repo
 from adala.runs import OverwriteOrder, StageFolder, StageRecord
 from adala.similarity import relative_error
 from adala.stages import Stage
+from adala.students import LinearizedVisionTransformer, linearized_blocks
 from adala.tasks import describe_task
 from adala.trainer import Trainer
 
@@ -58,6 +59,7 @@ def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -
     Raises:
         ValueError: Something about recipe, data or an earlier run is wrong; the message says what to do.
     """
+    set_kernel(recipe.kernel)
     plan = resolve_run(recipe, stages)
     _rehearse_everywhere(plan)
     for note in plan.notes:
@@ -125,6 +127,7 @@ def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None =
     student = load_start(start, plan.model, teacher)
     prepare_student(plan, student)
     stage = build_stage(plan, student, teacher)
+    _say_kernel(plan, student)
     measure_on_data(plan, stage)
     conditions = {**plan.conditions, START: start.digest}
     from_rank_0(partial(_open_stage, run_plan, plan.number, decision, conditions))
@@ -136,6 +139,14 @@ def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None =
     record = StageRecord(conditions, digest, metrics, None if order is None else order.id)
     from_rank_0(partial(_finish_stage, run_plan, plan, decision, record))
     return True
+
+
+def _say_kernel(plan: StagePlan, student: LinearizedVisionTransformer) -> None:
+    precision = plan.model.precision
+    for attention in list(linearized_blocks(student).values())[:1]:
+        described = attention.token_mixer.describe_kernel(device(), precision.autocast_dtype or precision.dtype)
+        if described is not None:
+            say(f"stage {plan.number}: linear attention by {described}")
 
 
 def _decide(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None) -> tuple[Start, Decision]:

@@ -30,7 +30,15 @@ from adala.tasks import Task, describe_task, read_task
 RANDOM = "random"
 # Keys of a stage that may change while it is under way, and after it: they decide when something is said or saved, how
 # a batch is cut, and where files lie, not what is trained. ``steps`` may grow while it is under way.
-MAY_CHANGE = ("log_every", "save_every", "evaluate_every", "max_skipped_steps", "micro_batch_size")
+MAY_CHANGE = (
+    "log_every",
+    "save_every",
+    "evaluate_every",
+    "max_skipped_steps",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "compile",
+)
 # What stands for these among the conditions is the digest of what they name.
 BY_DIGEST = ("start_from", "train_data")
 
@@ -275,7 +283,29 @@ def _under_conversion(recipe: Recipe, conversion: Conversion) -> tuple[Recipe, t
     return recipe, tuple(notes)
 
 
-def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
+def outline_run(recipe: Recipe) -> tuple[StagePlan, ...]:
+    """The plans of the stages that the conversion has, as far as neither weights nor data are needed for them.
+
+    They are enough to build everything on the meta device: their data sets are empty, nothing is known of the weights,
+    and batches are divided into single images.
+
+    Raises:
+        ValueError: Anything about the recipe that can be told so.
+    """
+    conversion = conversion_of(recipe)
+    recipe, _ = _under_conversion(recipe, conversion)
+    model, data = _resolve_model(recipe, with_weights=False)
+    steps = {number: conversion.step(kind.name) for number, kind in STAGES.items()}
+    nothing = ShardIndex(())
+    return tuple(
+        _stage_plan(recipe, number, step, model, data, (nothing, nothing), (1, recipe.stage(number).global_batch_size))
+        for number, step in steps.items()
+        if step is not None
+    )
+
+
+def _resolve_model(recipe: Recipe, with_weights: bool = True) -> tuple[ModelPlan, DataPlan]:
+    """The models and how they see data; ``with_weights`` has the teacher's looked for and read."""
     config, size = recipe.teacher, recipe.data.image_size
     named = resolve_name(config.name, config.model_args)
     # Without memory for its weights: only what it was trained with and what it takes are read off it.
@@ -283,10 +313,10 @@ def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
         outline = build_backbone(named.architecture, size, named.model_args)
     mean = recipe.data.mean or named.mean or outline.default_cfg["mean"]
     std = recipe.data.std or named.std or outline.default_cfg["std"]
-    checkpoint = _teacher_checkpoint(recipe, named)
+    checkpoint = _teacher_checkpoint(recipe, named) if with_weights else None
     if checkpoint is not None:
         read_checkpoint(outline, checkpoint)
-    elif config.pretrained and config.checkpoint is None:
+    elif with_weights and config.pretrained and config.checkpoint is None:
         # Now, and not when a stage has begun: weights may be out of reach, or not fit.
         load_teacher(config.name, size, pretrained=True, model_args=config.model_args)
     teacher = TeacherPlan(
@@ -297,7 +327,7 @@ def _resolve_model(recipe: Recipe) -> tuple[ModelPlan, DataPlan]:
         checkpoint,
         pretrained=config.pretrained and config.checkpoint is None and checkpoint is None,
         seed=recipe.seed,
-        digest=_teacher_digest(recipe, named),
+        digest=_teacher_digest(recipe, named) if with_weights else "unknown",
     )
     data = DataPlan(
         View(tuple(size), tuple(mean), tuple(std), tuple(outline.patch_embed.patch_size)),
@@ -370,7 +400,22 @@ def _resolve_stage(
         read.check_targets(task, recipe.data.val, "data.val")
         if (different := read.missing_targets(task, sources, recipe.data.val)) is not None:
             raise ValueError(f"{sources_key} and data.val do not have the same labels: {different}")
-    micro, accumulation = _divide_batch(number, config)
+    divided = divide_batch(number, config, world_size())
+    return _stage_plan(recipe, number, step, model, data, (training, held_out), divided)
+
+
+def _stage_plan(
+    recipe: Recipe,
+    number: int,
+    step: ConversionStep,
+    model: ModelPlan,
+    data: DataPlan,
+    data_sets: tuple[ShardIndex, ShardIndex],
+    divided: tuple[int, int],
+) -> StagePlan:
+    """The plan of a stage whose training and held-out samples, micro-batch and accumulation are known."""
+    kind, config, (training, held_out) = STAGES[number], recipe.stage(number), data_sets
+    micro, accumulation = divided
     size = data.view.image_size if config.image_size is None else tuple(config.image_size)
     own_data = dataclasses.replace(data, view=dataclasses.replace(data.view, image_size=size))
     trainable = QKV_PATTERNS if getattr(config, "trainable", "all") == "qkv" else step.trainable
@@ -388,7 +433,7 @@ def _resolve_stage(
         monitor_samples=recipe.evaluation.monitor_samples,
         micro_batch_size=micro,
         gradient_accumulation_steps=accumulation,
-        task=task,
+        task=read_stage_task(recipe) if kind.is_supervised else None,
         probe_l2=recipe.evaluation.probe_l2,
         conditions=_stage_conditions(recipe, number, step, model, data, training),
     )
@@ -406,14 +451,18 @@ def read_stage_task(recipe: Recipe) -> Task:
         raise ValueError(f"stage3.task: {error}") from error
 
 
-def _divide_batch(number: int, config: StageConfig) -> tuple[int, int]:
-    """Micro-batch and accumulation steps."""
-    micro = config.micro_batch_size or config.global_batch_size // world_size()
-    share = micro * world_size()
+def divide_batch(number: int, config: StageConfig, ranks: int) -> tuple[int, int]:
+    """Micro-batch and accumulation steps of stage ``number`` on ``ranks`` ranks.
+
+    Raises:
+        ValueError: The global batch does not divide into ranks and micro-batches.
+    """
+    micro = config.micro_batch_size or config.global_batch_size // ranks
+    share = micro * ranks
     if micro < 1 or config.global_batch_size % share:
         raise ValueError(
-            f"stage{number}.global_batch_size {config.global_batch_size} does not divide into {world_size()} ranks x "
-            f"micro-batches of {max(micro, 1)}: choose a multiple of {max(share, world_size())}, "
+            f"stage{number}.global_batch_size {config.global_batch_size} does not divide into {ranks} ranks x "
+            f"micro-batches of {max(micro, 1)}: choose a multiple of {max(share, ranks)}, "
             f"or another stage{number}.micro_batch_size"
         )
     return micro, config.global_batch_size // share

@@ -30,7 +30,11 @@ class LayoutBlock(Block):
         _refuse_mask(None, is_causal)
         layout = attn_mask if isinstance(self.attn, AttentionShell) else None
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(super().forward, x, layout)
+            return checkpoint(self.compute, x, layout)
+        return self.compute(x, layout)
+
+    def compute(self, x: Tensor, layout: TokenLayout | None) -> Tensor:
+        """What is computed, and with gradient checkpointing computed again."""
         return super().forward(x, attn_mask=layout)
 
 

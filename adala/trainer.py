@@ -16,6 +16,7 @@ from adala.distributed import (
     SharedError,
     all_reduce_sum,
     any_rank,
+    device,
     gather_objects,
     peak_memory_mib,
     rank,
@@ -56,6 +57,9 @@ class Trainer:
     skipped_in_a_row: int = 0
     unlabelled_in_a_row: int = 0
     reported_bad_samples: dict[str, int] = field(default_factory=dict)
+    _unread: list[torch.Tensor] = field(default_factory=list, init=False)
+    _names: tuple[str, ...] = field(default=(), init=False)
+    _reading_since: float = field(default_factory=time.perf_counter, init=False)
 
     def fit(self) -> dict[str, float]:
         """Trains from the newest whole checkpoint, or from the start, to the last step.
@@ -71,53 +75,84 @@ class Trainer:
         batches = iter(loader)
         if self.step == 0:
             self.evaluate()
+        self._reading_since = time.perf_counter()
         while self.step < self.config.steps:
-            metrics = self.train_step(batches)
-            self.step += 1
+            self.train_step(batches)
             last = self.step == self.config.steps
-            self._watch_labels(metrics, loader)
-            if self.step % self.config.log_every == 0 or last:
+            evaluates, saves = self._due(self.config.evaluate_every), self._due(self.config.save_every)
+            logs = last or self._due(self.config.log_every)
+            if logs or evaluates or saves:
+                metrics = self.read_steps(loader)
+            if logs:
                 self.writer.write("train", self.step, {**metrics, "peak_memory_mib": peak_memory_mib()})
                 self._report_bad_samples(loader)
             if last:
                 break
-            if self._due(self.config.evaluate_every):
+            if evaluates:
                 self.evaluate()
-            if self._due(self.config.save_every):
+            if saves:
                 self._save(loader)
+            if evaluates or saves:
+                self._reading_since = time.perf_counter()
         # Before the last checkpoint: one whose metrics are not finite is not to be started from.
         metrics = self.evaluate()
         self._save(loader)
         return metrics
 
-    def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step over a global batch; returns its metrics averaged over ranks and micro-batches."""
-        started = time.perf_counter()
-        config, engine = self.config, self.engine
+    def train_step(self, batches: Iterator[dict[str, Any]]) -> None:
+        """One optimizer step over a global batch.
+
+        What it measured stays on the device, so that nothing waits for a GPU, until :meth:`read_steps` is called,
+        which is before anything is logged or saved. A step whose loss is not finite has a gradient that is not, and
+        leaves the weights alone.
+        """
+        engine = self.engine
         engine.train()
         engine.module.begin_step(self.step)
         torch.manual_seed(self.seed + 1_000_003 * (self.step * world_size() + rank()))
-        factor = rate_factor(self.step, config.steps, config.warmup_steps, config.schedule, config.min_lr / config.lr)
-        engine.set_rate(factor)
+        engine.set_rate(self._rate_factor(self.step))
         total: dict[str, torch.Tensor] = {}
-        for micro_step in range(engine.gradient_accumulation_steps):
-            losses = engine(next(batches))
+        for _ in range(engine.gradient_accumulation_steps):
+            losses = engine(_on_device(next(batches)))
             engine.backward(losses["loss"])
             total = {name: total.get(name, 0) + value.detach().float() for name, value in losses.items()}
-            if micro_step + 1 == engine.gradient_accumulation_steps:
-                # Before the weights change: a checkpoint of a model that is all NaN helps nobody.
-                metrics = _mean_over_ranks(total, engine.gradient_accumulation_steps)
-                self._refuse_non_finite(metrics, self.step + 1)
             engine.step()
-        if self._was_skipped():
-            metrics["skipped_steps"] = self.skipped_in_a_row
-        else:
-            metrics["gradient_norm"] = engine.gradient_norm()
-        return {
-            **metrics,
-            "lr": factor * config.lr,
-            "images_per_s": config.global_batch_size / (time.perf_counter() - started),
-        }
+        means = torch.stack(list(total.values())) / engine.gradient_accumulation_steps
+        outcome = torch.stack(engine.outcome()).to(means)
+        # One reduction for metrics and flags.
+        self._unread.append(all_reduce_sum(torch.cat([means, outcome])) / world_size())
+        self._names = (*total, "skipped", "gradient_norm")
+        self.step += 1
+
+    @property
+    def has_unread_steps(self) -> bool:
+        return bool(self._unread)
+
+    def _rate_factor(self, step: int) -> float:
+        config = self.config
+        return rate_factor(step, config.steps, config.warmup_steps, config.schedule, config.min_lr / config.lr)
+
+    def read_steps(self, loader: TrainLoader) -> dict[str, float]:
+        """Looks at all steps since it was last called; every rank sees the same.
+
+        Returns:
+            The metrics of the last one, averaged over ranks and micro-batches, and images/s over all of them.
+
+        Raises:
+            ValueError: One is not finite, too many steps were skipped, or nothing of the targets is known.
+        """
+        rows, first = torch.stack(self._unread).tolist(), self.step - len(self._unread)
+        for step, row in enumerate(rows, first + 1):
+            metrics = dict(zip(self._names, row, strict=True))
+            was_skipped, norm = metrics.pop("skipped") > 0, metrics.pop("gradient_norm")
+            self._refuse_non_finite(metrics, step)
+            self._watch_skips(was_skipped, step)
+            metrics |= {"skipped_steps": self.skipped_in_a_row} if was_skipped else {"gradient_norm": norm}
+            self._watch_labels(metrics, loader, step)
+        elapsed = time.perf_counter() - self._reading_since
+        rate = len(rows) * self.config.global_batch_size / elapsed
+        self._unread, self._reading_since = [], time.perf_counter()
+        return {**metrics, "lr": self._rate_factor(self.step - 1) * self.config.lr, "images_per_s": rate}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -131,7 +166,7 @@ class Trainer:
         self.engine.eval()
         evaluator = self.build_evaluator()
         for batch, is_new in _equally_many(self.evaluation_loader):
-            outputs = self.engine(batch)
+            outputs = self.engine(_on_device(batch))
             if is_new:
                 evaluator.update(outputs, batch)
         metrics = evaluator.total()
@@ -174,38 +209,36 @@ class Trainer:
                 "lower the learning rate, lengthen the warm-up, or look at the data"
             )
 
-    def _watch_labels(self, metrics: Mapping[str, float], loader: TrainLoader) -> None:
+    def _watch_labels(self, metrics: Mapping[str, float], loader: TrainLoader, step: int) -> None:
         """Stops a run that has learnt from nothing for an epoch, or for all of its steps where these are fewer."""
         if metrics.get("labelled", 1.0) > 0:
             self.unlabelled_in_a_row = 0
             return
         self.unlabelled_in_a_row += 1
-        say(f"step {self.step}: nothing of its targets is known, all is ignored")
+        say(f"step {step}: nothing of its targets is known, all is ignored")
         if self.unlabelled_in_a_row >= min(loader.steps_per_epoch, self.config.steps):
             raise SharedError(
-                f"step {self.step}: of the targets of {self.unlabelled_in_a_row} steps, an epoch, nothing was known, "
+                f"step {step}: of the targets of {self.unlabelled_in_a_row} steps, an epoch, nothing was known, "
                 "all was ignored: look at how the targets are read (stage3.task), and at the data"
             )
 
-    def _was_skipped(self) -> bool:
-        """Whether the weights were left alone because the gradient was not finite; too often stops the run."""
-        if not any_rank(not self.engine.was_step_applied()):
+    def _watch_skips(self, was_skipped: bool, step: int) -> None:
+        """Stops a run whose weights are left alone again and again, because the gradient is not finite."""
+        if not was_skipped:
             self.skipped_in_a_row = 0
-            return False
+            return
         self.skipped_in_a_row += 1
-        say(f"step {self.step + 1}: skipped, its gradient is not finite")
+        say(f"step {step}: skipped, its gradient is not finite")
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise SharedError(
-                f"step {self.step + 1}: the gradients of {self.skipped_in_a_row} steps in a row were not finite, and "
+                f"step {step}: the gradients of {self.skipped_in_a_row} steps in a row were not finite, and "
                 "the weights were left alone: lower the learning rate, or use a ds_config without bf16"
             )
-        return True
 
 
-def _mean_over_ranks(total: dict[str, torch.Tensor], micro_steps: int) -> dict[str, float]:
-    """Sums of ``micro_steps`` values on each rank, as means over ranks and micro-steps."""
-    values = all_reduce_sum(torch.stack(list(total.values()))) / (micro_steps * world_size())
-    return dict(zip(total, values.tolist(), strict=True))
+def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
+    """Images on their way to this rank's device, once: teacher and student both want them."""
+    return {**batch, "image": batch["image"].to(device(), non_blocking=True)}
 
 
 def _equally_many(loader: EvaluationLoader) -> Iterator[tuple[dict[str, Any], bool]]:

@@ -3,8 +3,9 @@
 Shapes: B batch, H heads, N tokens, d head dim, D embed dim, M features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -205,18 +206,32 @@ def capture_calls(model: VisionTransformer, run: Callable[[], Any]) -> list[Mixe
     shells = list(linearized_blocks(model).values())
     calls: list[MixerCall] = []
 
-    def keep(mixer: TokenMixer, inputs: tuple, out: Tensor) -> None:
+    def keep(mixer: TokenMixer, inputs: Sequence[Tensor], layout: TokenLayout, out: Tensor) -> None:
         # Copies: an operation in place or a captured graph would write over them later.
-        q, k, v = (x.detach().clone() for x in inputs[:3])
-        calls.append(MixerCall(mixer, q, k, v, inputs[3], out.detach().clone()))
+        calls.append(MixerCall(mixer, *(x.detach().clone() for x in inputs), layout, out.detach().clone()))
+
+    def keep_packed(mixer: TokenMixer, qkv: Tensor, layout: TokenLayout) -> Tensor:
+        # Once: the default of this method goes through the mixer's forward.
+        before, out = len(calls), type(mixer).mix_packed(mixer, qkv, layout)
+        if len(calls) == before:
+            heads = out.unflatten(-1, qkv.shape[-2:]).transpose(1, 2)
+            keep(mixer, qkv.permute(2, 0, 3, 1, 4).unbind(0), layout, heads)
+        return out
 
     ends = {id(shell.token_mixer): shell.token_mixer for shell in (shells[0], shells[-1])}
-    handles = [mixer.register_forward_hook(keep) for mixer in ends.values()]
+    handles = [
+        mixer.register_forward_hook(lambda mixer, inputs, out: keep(mixer, inputs[:3], inputs[3], out))
+        for mixer in ends.values()
+    ]
+    for mixer in ends.values():
+        mixer.mix_packed = partial(keep_packed, mixer)
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
+        for mixer in ends.values():
+            del mixer.mix_packed
     return calls
 
 

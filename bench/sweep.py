@@ -12,6 +12,8 @@ from measure import Network, prepare, release, say, standing, time_rounds
 from results import CrossoverRow, SweepRow, crossover
 from settings import ImageSize, Settings
 
+from adala.compilation import compiled_call
+
 
 def doubling_grids(most_tokens: int) -> list[tuple[int, int]]:
     """Patch grids (rows, columns) from 8 x 8 on, each twice the last, square or twice as wide as high."""
@@ -61,7 +63,7 @@ def operator_runners(
         call = cases.capture_calls(network.model, timing.forward_runner(partial(network.model, images), pinned))[0]
         packed = torch.stack([x.transpose(1, 2) for x in (call.q, call.k, call.v)], dim=2)  # (B, N, 3, H, d)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        mix = partial(timing.compiled_call(), call.mixer) if network.is_compiled else call.mixer
+        mix = partial(compiled_call(), type(call.mixer).forward, call.mixer) if network.is_compiled else call.mixer
         runner = timing.forward_runner(partial(mix, q, k, v, call.layout), pinned)
         runners[name] = timing.warmed(runner, timing.measure_for(settings.device))
     return runners

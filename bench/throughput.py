@@ -252,21 +252,25 @@ class TrainerLoop:
 
     def __init__(self, plan: StagePlan, teacher: VisionTransformer, folder: Path):
         stage = ready_stage(plan, teacher)
-        self.engine, loader = build_engine(plan, stage), build_train_loader(plan)
-        self.batches = iter(loader)
+        self.engine, self.loader = build_engine(plan, stage), build_train_loader(plan)
+        self.batches = iter(self.loader)
         self.writer = MetricWriter(folder, "trainer", plan.config.steps)
         evaluator = partial(Evaluator, stage.student, plan.task)
-        self.trainer = Trainer(self.engine, plan.config, lambda _: loader, None, evaluator, self.writer, folder)
+        self.trainer = Trainer(self.engine, plan.config, lambda _: self.loader, None, evaluator, self.writer, folder)
 
     def seconds(self, steps: int) -> float:
         """How long ``steps`` take."""
         started = time.perf_counter()
         for _ in range(steps):
-            metrics = self.trainer.train_step(self.batches)
-            self.trainer.step += 1
+            self.trainer.train_step(self.batches)
             if self.trainer.step % self.trainer.config.log_every == 0:
-                self.writer.write("train", self.trainer.step, metrics)
+                self._log()
+        if self.trainer.has_unread_steps:
+            self._log()
         return time.perf_counter() - started
+
+    def _log(self) -> None:
+        self.writer.write("train", self.trainer.step, self.trainer.read_steps(self.loader))
 
     def close(self) -> None:
         self.batches.close()

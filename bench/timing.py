@@ -8,7 +8,6 @@ import copy
 import functools
 import math
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adala.compilation import CompiledModules
 from adala.stages import FeatureAlignment
 
 LEAST_ROUNDS = 3
@@ -203,31 +203,13 @@ def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5)
     return min(taken, key=taken.get)
 
 
-def compiled_call(backend: str = "inductor") -> Callable[..., Any]:
-    """A compiled ``call(module, *inputs)`` with a cache of its own.
-
-    torch.compile keeps what it compiled at the code object of the function: ten networks through one function would
-    search each other's entries at every call, and fall back to eager at the eighth.
-    """
-
-    def call(module: nn.Module, *inputs: Any, **arguments: Any) -> Any:
-        return module(*inputs, **arguments)
-
-    own = types.FunctionType(call.__code__.replace(co_name="call_of_one_case"), call.__globals__)
-    return torch.compile(own, backend=backend, dynamic=False)
-
-
 def compiled(model: VisionTransformer, backend: str = "inductor") -> VisionTransformer:
     """The model over the same weights with its blocks under torch.compile, all of which share one compiled graph.
 
-    A graph of the whole network would hold the same block 24 times over and take a minute to compile instead of
-    seconds; what is left outside, the patch embedding and the last norm, is no part of any mechanism.
+    What is left outside, the patch embedding and the last norm, is no part of any mechanism.
     """
-    call = compiled_call(backend)
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    for block in twin.blocks:
-        # Around the block's own method, which a call through the block would find replaced.
-        block.forward = functools.partial(call, copy.copy(block))
+    CompiledModules(twin.blocks, backend=backend).is_on = True
     return twin
 
 

@@ -6,6 +6,7 @@ from adala.attention.base import (
     NoOptions,
     TokenMixer,
 )
+from adala.attention.kernels import set_kernel
 from adala.attention.layout import TokenLayout, layout_of_image
 from adala.attention.lora import LoraLinear, insert_lora, merge_lora
 from adala.attention.precision import accumulation_dtype, full_precision
@@ -26,4 +27,5 @@ __all__ = [
     "mechanism_names",
     "merge_lora",
     "resolve_mechanism",
+    "set_kernel",
 ]

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, N tokens, d head dim, D embed dim (D = H d for every p
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from adala.attention.layout import TokenLayout, layout_of_tokens
@@ -67,6 +68,23 @@ class TokenMixer(nn.Module):
             (B, H, N, d) in the dtype of ``v``, before the output projection.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward")
+
+    def mix_packed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
+        """The same from the packed projection: overridden where something reads that as it lies in memory.
+
+        Args:
+            qkv: Queries, keys and values, (B, N, 3, H, d).
+            layout: Layout of the N tokens.
+
+        Returns:
+            (B, N, H d).
+        """
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self(q, k, v, layout).transpose(1, 2).flatten(2)
+
+    def describe_kernel(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """In words, what it is computed by for values of this kind; None where there is but one way."""
+        return None
 
     def begin_step(self, step: int) -> None:
         """Called by the trainer before optimizer step ``step``, counted from 0; most mechanisms have nothing to do.
@@ -134,8 +152,7 @@ class AttentionShell(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of ``x`` (B, N, D), each (B, H, N, d), normalised where the model does."""
-        batch, num_tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
@@ -151,15 +168,17 @@ class AttentionShell(nn.Module):
         Raises:
             ValueError: The tokens are not those of the layout.
         """
-        num_tokens = q.shape[-2]
+        return self.token_mixer(q, k, v, self._layout_of(q.shape[-2], layout))
+
+    def _layout_of(self, num_tokens: int, layout: TokenLayout | None) -> TokenLayout:
         if layout is None:
-            layout = layout_of_tokens(num_tokens, self.token_mixer.shape.layout)
-        elif num_tokens != layout.num_tokens:
+            return layout_of_tokens(num_tokens, self.token_mixer.shape.layout)
+        if num_tokens != layout.num_tokens:
             raise ValueError(
                 f"{num_tokens} tokens reached an attention layer, but a {layout.grid_size[0]} x {layout.grid_size[1]} "
                 f"patch grid with {layout.num_prefix_tokens} prefix tokens has {layout.num_tokens}"
             )
-        return self.token_mixer(q, k, v, layout)
+        return layout
 
     def forward(self, x: Tensor, attn_mask: TokenLayout | None = None, is_causal: bool = False) -> Tensor:
         """Attention of ``x`` over itself, (B, N, D) in and out.
@@ -175,9 +194,12 @@ class AttentionShell(nn.Module):
         """
         if is_causal or not (attn_mask is None or isinstance(attn_mask, TokenLayout)):
             raise ValueError("masked or causal attention is not supported by linearized models: pass no attn_mask")
-        batch, num_tokens, _ = x.shape
-        mixed = self.mix(*self.project(x), attn_mask)
-        mixed = mixed.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim)
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            layout = self._layout_of(x.shape[1], attn_mask)
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            mixed = self.token_mixer.mix_packed(qkv, layout)
+        else:
+            mixed = self.mix(*self.project(x), attn_mask).transpose(1, 2).flatten(2)
         mixed = self.norm(mixed)
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()

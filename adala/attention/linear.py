@@ -5,9 +5,11 @@ Shapes: B batch, H heads, N tokens, d head dim, M features.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adala.attention.base import TokenMixer
+from adala.attention.kernels import describe_kernel, fused_elu_attention, fused_elu_attention_packed, uses_kernel
 from adala.attention.layout import TokenLayout
 from adala.attention.precision import accumulation_dtype, full_precision
 
@@ -82,10 +84,24 @@ class LinearMixer(TokenMixer):
     rows_are_independent = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        if uses_kernel(v.device, v.dtype, v.shape[-1]):
+            return fused_elu_attention(q, k, v, self.options.den_added)
         return linear_attention(elu_plus_one(q), elu_plus_one(k), v, den_added=self.options.den_added)
+
+    def describe_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return describe_kernel(device, dtype, self.shape.head_dim)
+
+    def mix_packed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
+        # A subclass that mixes in another way has another forward, and not necessarily another one of this.
+        if type(self).forward is _FORWARD and uses_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
+            return fused_elu_attention_packed(qkv, self.options.den_added)
+        return super().mix_packed(qkv, layout)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
         return elu_attention_reference(q, k, v, self.options.den_added)
+
+
+_FORWARD = LinearMixer.forward
 
 
 def elu_attention_reference(q: Tensor, k: Tensor, v: Tensor, den_added: float = 1e-6) -> Tensor:

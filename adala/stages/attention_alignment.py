@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adala.attention import AttentionShell, TokenLayout
+from adala.compilation import CompiledModules
 from adala.losses import ALIGNMENT_LOSSES, CALIBRATED_LOSSES, Loss, attention_map_cross_entropy, mse
 from adala.stages.base import Stage
 from adala.students import LinearizedVisionTransformer, linearized_blocks
@@ -123,10 +125,19 @@ class AttentionAlignment(Stage):
         self.block_loss = BLOCK_LOSSES[loss]
         self._calibrated = tuple(f"block{index:02d}" for index in shells) if loss in CALIBRATED_LOSSES else ()
         self.release_activations = release_activations
+        self._checkpoints = False
 
     @property
     def calibrated_targets(self) -> tuple[str, ...]:
         return self._calibrated
+
+    def checkpoint_activations(self) -> None:
+        """Where activations are released block by block, no more than one block's are held, and nothing changes."""
+        self._checkpoints = not self.release_activations
+
+    def compile_blocks(self) -> None:
+        """The student's attention alone: what hooks interrupt, the teacher, cannot be compiled."""
+        self._compiled.append(CompiledModules(linearized_blocks(self.student).values()))
 
     def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         found: list[tuple[str, Tensor]] = []
@@ -150,7 +161,7 @@ class AttentionAlignment(Stage):
         def compare(index: int, attention: nn.Module, x: Tensor, output: Tensor) -> None:
             with torch.set_grad_enabled(with_gradients):
                 at = Comparison(x.to(images.dtype), layout, attention, output, self.variance_of(f"block{index:02d}"))
-                loss = self.block_loss(shells[index], at) / len(shells)
+                loss = self._loss_of(shells[index], at) / len(shells)
                 if release:
                     gradients.update(_gradients(loss, shells[index]))
                     loss = loss.detach()
@@ -166,6 +177,11 @@ class AttentionAlignment(Stage):
         if not self.training:
             named |= {"features": self.student(images), "teacher_features": teacher_features}
         return {"loss": loss, **named}
+
+    def _loss_of(self, shell: AttentionShell, at: Comparison) -> Tensor:
+        if self._checkpoints and torch.is_grad_enabled():
+            return checkpoint(self.block_loss, shell, at, use_reentrant=False)
+        return self.block_loss(shell, at)
 
 
 def _gradients(loss: Tensor, shell: AttentionShell) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import TokenMixer
+from adala.compilation import CompiledModules
 from adala.distributed import all_reduce_sum
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.students import LinearizedVisionTransformer
@@ -30,13 +31,24 @@ class Stage(nn.Module):
         super().__init__()
         self.student = student
         self.target_variance: dict[str, float] = {}
+        self._compiled: list[CompiledModules] = []
         # Not an attribute assignment, which nn.Module would register as a child.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
 
     def train(self, mode: bool = True) -> "Stage":
         super().train(mode)
         self.teacher.eval()
+        for modules in self._compiled:
+            modules.is_on = mode
         return self
+
+    def checkpoint_activations(self) -> None:
+        """Has activations of the student's blocks computed again in the backward pass instead of being held."""
+        self.student.set_grad_checkpointing(True)
+
+    def compile_blocks(self) -> None:
+        """Has the blocks run under torch.compile from the next ``train()`` on, as long as the stage trains."""
+        self._compiled.append(CompiledModules(self.student.blocks, "compute"))
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Named scalars of a micro-batch; ``loss`` is the one to minimise.

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from adala.compilation import CompiledModules
 from adala.losses import ALIGNMENT_LOSSES, CALIBRATED_LOSSES
 from adala.stages.base import Stage
 from adala.students import LinearizedVisionTransformer
@@ -38,6 +39,10 @@ class FeatureAlignment(Stage):
     @property
     def calibrated_targets(self) -> tuple[str, ...]:
         return self._calibrated
+
+    def compile_blocks(self) -> None:
+        super().compile_blocks()
+        self._compiled.append(CompiledModules(self.teacher.blocks))
 
     def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         yield "features", self.teacher(self.images_for(self.teacher, batch))

@@ -100,6 +100,11 @@ class Task(Checked):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement target")
 
+    def example_target(self, image_size: tuple[int, int]) -> Tensor | None:
+        """The target of one image of (H, W), as :meth:`target` gives it for a batch, and as demanding as they come: the
+        memory that the loss needs is counted with it. None where that is not known."""
+        return None
+
     def loss(self, prediction: Prediction, target: Tensor, training: bool) -> Tensor:
         """The loss to minimise, a mean over the batch's images, so that it does not depend on micro-batches."""
         raise NotImplementedError(f"{type(self).__name__} does not implement loss")

@@ -93,6 +93,9 @@ class Classification(Task):
             check_label(int(label), self.num_classes, "a sample")
         return batch["label"].to(device, non_blocking=True)
 
+    def example_target(self, image_size: tuple[int, int]) -> Tensor:
+        return torch.tensor(0)
+
     def loss(self, prediction: Tensor, target: Tensor, training: bool) -> Tensor:
         smoothing = self.label_smoothing if training else 0.0
         return F.cross_entropy(prediction.float(), target, label_smoothing=smoothing)

@@ -110,6 +110,9 @@ class Multilabel(Task):
             raise ValueError("multilabel needs labels: the batch has none (stage3.train_data, data.train)")
         return batch["labels"].to(device, non_blocking=True)
 
+    def example_target(self, image_size: tuple[int, int]) -> Tensor:
+        return torch.zeros(self.num_classes)
+
     def loss(self, prediction: Tensor, target: Tensor, training: bool) -> Tensor:
         return F.binary_cross_entropy_with_logits(prediction.float(), target)
 

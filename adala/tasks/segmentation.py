@@ -30,6 +30,9 @@ from adala.tasks.iou import iou_by_class
 from adala.tasks.mask_loss import mask_classification_loss
 from adala.tasks.sliding import slide
 
+# Classes in one image, more than most have: ADE20K's about nine on average, Cityscapes' all 19 at most.
+MANY_CLASSES = 32
+
 
 class MeanIou(MulticlassConfusionMatrix):
     """Mean intersection over union in percent, from one confusion matrix summed over all pixels and ranks.
@@ -152,6 +155,11 @@ class Segmentation(Task):
         if "mask" not in batch:
             raise ValueError("segmentation needs masks: the batch has none (stage3.train_data, data.train)")
         return batch["mask"].to(device, torch.int64, non_blocking=True)
+
+    def example_target(self, image_size: tuple[int, int]) -> Tensor:
+        """Stripes of as many classes as an image may well have; what a loss of masks holds grows with them."""
+        classes = torch.arange(min(self.num_classes, MANY_CLASSES))
+        return classes.repeat_interleave(-(-image_size[1] // len(classes)))[: image_size[1]].expand(image_size)
 
     def loss(self, prediction: Prediction, target: Tensor, training: bool) -> Tensor:
         """Cross-entropy summed over labelled pixels, over the number of all: every labelled pixel of the data counts

@@ -1,12 +1,16 @@
 """The three stages as modules: losses, gradients, what trains and what never does."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_teacher import build_tiny_teacher
 from torch import nn
 
+from adala.activations import SavedActivations
 from adala.attention import TokenLayout
+from adala.compilation import compiled_call
 from adala.conversion import QKV_PATTERNS
 from adala.losses import mse
 from adala.optim import freeze_except
@@ -98,6 +102,88 @@ def test_stage_1_keeps_one_blocks_activations_at_a_time(teacher, images) -> None
         return len(seen)
 
     assert graph_after_forward(release=True) < 20 < graph_after_forward(release=False)
+
+
+def stage_of(stage_class: type[Stage], teacher, images, depth: int | None = None, mechanism: str = "linear") -> Stage:
+    teacher = build_tiny_teacher(depth=depth) if depth else teacher
+    student = linearize(teacher, mechanism)
+    if stage_class is Finetuning:
+        task = Classification(num_classes=4)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Finetuning(student, teacher, task, task.build_head(student))
+    return calibrated(stage_class(student, teacher), images)
+
+
+def train_once(stage: Stage, images) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    stage.train().begin_step(0)
+    loss = stage({"image": images, "label": torch.zeros(len(images), dtype=torch.long)})["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mechanism", ["linear", "performer", "monarch"])
+@pytest.mark.parametrize("stage_class", [AttentionAlignment, FeatureAlignment, Finetuning])
+def test_checkpointed_activations_change_no_bit(teacher, images, stage_class, mechanism: str) -> None:
+    found = []
+    for checkpoints in (False, True):
+        stage = stage_of(stage_class, teacher, images, mechanism=mechanism)
+        if stage_class is AttentionAlignment:
+            stage.release_activations = False
+        if checkpoints:
+            stage.checkpoint_activations()
+        with SavedActivations([*stage.parameters(), *stage.teacher.parameters()]) as saved:
+            found.append((*train_once(stage, images), saved.peak_bytes))
+    (loss, gradients, memory), (same_loss, same_gradients, less_memory) = found
+    assert torch.equal(loss, same_loss) and gradients.keys() == same_gradients.keys()
+    assert [name for name, gradient in gradients.items() if not torch.equal(gradient, same_gradients[name])] == []
+    assert less_memory < 0.7 * memory
+
+
+def peak_activations(stage: Stage, images) -> int:
+    with SavedActivations([*stage.parameters(), *stage.teacher.parameters()]) as saved:
+        train_once(stage, images)
+    assert saved.bytes == 0
+    return saved.peak_bytes
+
+
+def test_checkpointed_activations_of_stage_2_are_a_fifth(teacher, images) -> None:
+    plain, checkpointed = (stage_of(FeatureAlignment, teacher, images, depth=12) for _ in range(2))
+    checkpointed.checkpoint_activations()
+    assert peak_activations(checkpointed, images) < peak_activations(plain, images) / 5
+
+
+def test_activations_of_stage_1_do_not_grow_with_depth(teacher, images) -> None:
+    peaks = {depth: peak_activations(stage_of(AttentionAlignment, None, images, depth), images) for depth in (12, 24)}
+    assert 0 < peaks[24] < 1.02 * peaks[12]
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("stage_class", [AttentionAlignment, FeatureAlignment, Finetuning])
+def test_compiled_blocks_train_alike_and_rest_in_evaluations(
+    teacher, images, stage_class, checkpoints: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr("adala.compilation.compiled_call", lambda backend: compiled_call(count))
+    expected, stage = (stage_of(stage_class, teacher, images) for _ in range(2))
+    if checkpoints:
+        stage.checkpoint_activations()
+    stage.compile_blocks()
+    batch = {"image": images, "label": torch.zeros(len(images), dtype=torch.long)}
+    stage.eval()(batch)
+    assert compiled == []
+    (loss, gradients), (same, found) = train_once(expected, images), train_once(stage, images)
+    assert len(compiled) == (2 if stage_class is FeatureAlignment else 1)  # three blocks, and the teacher's, share one
+    torch.testing.assert_close(same, loss)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+    assert [name for name, _ in stage.named_parameters()] == [name for name, _ in expected.named_parameters()]
 
 
 def test_stage_1_sees_the_teachers_input_at_every_block(teacher, images) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -207,14 +210,61 @@ def refuse_non_finite(recipe: Path) -> str:
         lambda _, __, losses: losses | ({"loss": losses["loss"] * math.inf} if rank() == 1 else {})
     )
     before = trainer.engine.full_state()
+    loader = trainer.build_loader(trainer._resume())
+    trainer.train_step(iter(loader))
     try:
-        trainer.train_step(iter(trainer.build_loader(trainer._resume())))
+        trainer.read_steps(loader)
     except SharedError as error:
         after = trainer.engine.full_state()
         assert all(torch.equal(value, before[name]) for name, value in after.items())
         return str(error)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(recipe: Path) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_leaves_the_weights_alone(recipe: Path) -> None:
     said = on_ranks(2, refuse_non_finite, recipe)
     assert said[0] == said[1] and said[0].startswith("step 1: loss not finite; the last checkpoint is intact")
+
+
+def test_what_steps_measured_is_read_when_it_is_logged(recipe: Path) -> None:
+    """Skipped steps between two lines are counted one by one, and the line is about the last step."""
+    assert on_ranks(1, fit_poisoned, recipe, {1, 2}, "--stage2.log_every=6") == ["finished"]
+    (row,) = steps_of(recipe)
+    every = recipe.parent / "every"
+    every.mkdir()
+    assert on_ranks(1, fit_poisoned, write_tiny_recipe(every), {1, 2}) == ["finished"]
+    last = steps_of(every / "recipe.yaml")[-1]
+    timed = ("time_s", "images_per_s", "peak_memory_mib")
+    assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in last.items() if k not in timed}
+
+
+def test_a_step_that_is_wrong_between_two_lines_is_told_by_its_number(recipe: Path) -> None:
+    (said,) = on_ranks(1, fit_poisoned, recipe, {1, 2, 3}, "--stage2.log_every=6")
+    assert said.startswith("step 4: the gradients of 3 steps in a row were not finite")
+    assert steps_of(recipe) == []
+
+
+def reductions_of_a_step(recipe: Path) -> tuple[int, int]:
+    """How often the project's own code waits for a device's value or reduces over ranks in an optimizer step."""
+    trainer = build_trainer(recipe, 2, ["--stage2.micro_batch_size=2", "--stage2.log_every=100"])
+    batches, counted = iter(trainer.build_loader(trainer._resume())), {"reduced": 0, "read": 0}
+    trainer.train_step(batches)
+
+    def counting(name: str, function: Callable) -> Callable:
+        def call(*given, **named):
+            # DeepSpeed reads its gradient norm and overflow flag by itself.
+            caller = sys._getframe(1).f_code.co_filename
+            counted[name] += f"{os.sep}adala{os.sep}" in caller
+            return function(*given, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", counting("reduced", torch.distributed.all_reduce))
+        for method in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy"):
+            patch.setattr(torch.Tensor, method, counting("read", getattr(torch.Tensor, method)))
+        trainer.train_step(batches)
+    return counted["reduced"], counted["read"]
+
+
+def test_a_step_reduces_once_and_waits_for_no_value(recipe: Path) -> None:
+    assert on_ranks(2, reductions_of_a_step, recipe) == [(1, 0)] * 2
