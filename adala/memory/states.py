@@ -138,13 +138,13 @@ def model_states(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, a
         return replace(partitioned, gradients=share * width * (2 if accumulates else 1))
     # ZeRO-3 partitions all parameters, frozen ones too, and keeps a gathered weight that is used again within
     # max_reuse_distance, by default 1e9 elements (`zero/partitioned_param_coordinator.py:653`): all of a ViT's.
-    # Float32 weights are their own masters (`zero/stage3.py:1162`). The share of gradients is there always (`:791`).
+    # Float32 weights were to be their own masters, but a device is compared with the name of one
+    # (`zero/stage3.py:1162`, `:333`), so they are cloned like others. The share of gradients stays (`:791`).
     live = int(config.values["zero_optimization"].get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
     return replace(
         partitioned,
         student=(_share(student, ranks) + counts.buffers) * width,
         gathered=min(student, live) * width,
-        masters=partitioned.masters if config.dtype != torch.float32 else 0,
         gradients=share * width,
     )
 
