@@ -73,4 +73,3 @@ def _lack_of_gpu(device: torch.device, shared_bytes: int, head_dim: int) -> str 
     if shared_bytes > available:
         return f"head_dim {head_dim} with {available // 1024} KiB of shared memory"
     return None
-
