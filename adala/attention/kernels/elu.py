@@ -1,4 +1,5 @@
-"""Normalised linear attention under the feature map ELU + 1, forward and backward, fused in Triton.
+"""Normalised linear attention under the feature map ELU + 1, forward and backward, fused: in Triton on a GPU, in chunks
+of tokens on a CPU (``chunked.py``). What follows on launches and spans is about the former.
 
 Shapes: B batch, H heads, N tokens, d head dim.
 
