@@ -20,14 +20,20 @@ RECIPE_KEYS = {
     "optimizer": "stageN.lr, stageN.weight_decay and stageN.betas",
     "scheduler": "stageN.schedule and stageN.warmup_steps",
 }
-SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast")
+SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
 # What else decides how DeepSpeed communicates or what it measures, not what is trained. It ignores a key that it does
 # not know, so that a misspelt section would be trained without.
 OTHER_KEYS = (
     "communication_data_type", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
-AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
+# Modules whose weights and gradients DeepSpeed communicates in autocast's dtype, by class name.
+LOW_PRECISION = "lower_precision_safe_modules"
+AUTOCAST_KEYS = ("enabled", "dtype", LOW_PRECISION)
+GRADIENT_DTYPES = ("fp32", "bf16")
+# Elements of a bucket of gradients. DeepSpeed makes buckets at their full size, by default 5e8 elements (2 GB in
+# float32), however small the model is; a fifth of a ViT-L keeps a network as busy.
+REDUCE_BUCKET = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,39 @@ class DeepSpeedConfig:
         if self.autocast_dtype is not None:
             return f"autocast to {str(self.autocast_dtype).removeprefix('torch.')}"
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether DeepSpeed keeps or gathers weights in bf16: float32 ones must be held elsewhere to be exported."""
+        return self.dtype != torch.float32 or bool(self._sections().get("torch_autocast", {}).get(LOW_PRECISION))
+
+    def completed(self, trained: int) -> dict[str, Any]:
+        """What DeepSpeed gets: ``values``, and where these are silent what is better than its own defaults.
+
+        Gradients of bf16 weights are added up over micro-batches and reduced over ranks in float32, and those under
+        autocast are reduced in float32, most of which DeepSpeed would reduce in bf16: a sum over many ranks loses what
+        is below 2^-8 of it. Buckets are no larger than the gradients that go through them.
+
+        Args:
+            trained: Elements of the trained parameters.
+        """
+        values = self._sections()
+        if self.zero_stage > 0:
+            bucket = {"reduce_bucket_size": max(1, min(trained, REDUCE_BUCKET))}
+            values["zero_optimization"] = {**bucket, **values["zero_optimization"]}
+        return values
+
+    def _sections(self) -> dict[str, Any]:
+        """:meth:`completed` but for what depends on the model."""
+        values = dict(self.values)
+        if self.dtype == torch.bfloat16:
+            values["data_types"] = {"grad_accum_dtype": "fp32", **values.get("data_types", {})}
+            # It looks at every gradient in a dozen calls; their norm tells as much (see Engine).
+            values["bf16"] = {"check_grad_overflow": False, **values["bf16"]}
+            values = {"communication_data_type": "fp32", **values}
+        if self.autocast_dtype is not None:
+            values["torch_autocast"] = {LOW_PRECISION: [], **values["torch_autocast"]}
+        return values
 
 
 def load_ds_config(name: str) -> DeepSpeedConfig:
@@ -152,6 +191,14 @@ def _check_keys(values: Any) -> None:
     dtype = values.get("torch_autocast", {}).get("dtype", "bfloat16")
     if dtype not in ("bfloat16", "float16"):
         raise ValueError(f'torch_autocast.dtype is {json.dumps(dtype)}: it must be "bfloat16"')
+    modules = values.get("torch_autocast", {}).get(LOW_PRECISION, [])
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ValueError(f"torch_autocast.{LOW_PRECISION} is {json.dumps(modules)}: it must be a list of class names")
+    for key, value in values.get("data_types", {}).items():
+        if key != "grad_accum_dtype":
+            raise ValueError(f"data_types.{key} is not a key that it can have: grad_accum_dtype")
+        if value not in GRADIENT_DTYPES:
+            raise ValueError(f'data_types.{key} is {json.dumps(value)}: it must be "fp32" or "bf16"')
 
 
 def _automatic(values: Any, key: str = "") -> Iterator[str]:
@@ -171,7 +218,10 @@ def _check_precision(config: DeepSpeedConfig) -> None:
         # DeepSpeed's optimizer for this pair keeps no float32 weights that can be exported, and its first AdamW step
         # counts as the second.
         raise ValueError("bf16 without ZeRO rounds what is exported: use zero_optimization.stage 1")
-    if not bf16.get("check_grad_overflow", True):
+    if not config.values.get("zero_optimization", {}).get("compute_grad_norm", True):
         raise ValueError(
-            "bf16.check_grad_overflow false lets a gradient that is not finite into the weights: remove it"
+            "zero_optimization.compute_grad_norm false lets a gradient that is not finite into the weights, since "
+            "nothing but its norm tells: remove it"
         )
+    if config.values.get("data_types") and config.dtype == torch.float32:
+        raise ValueError("data_types.grad_accum_dtype is of bf16 weights: without bf16.enabled gradients are float32")

@@ -72,14 +72,15 @@ class Engine:
         deepspeed.utils.logger.setLevel("WARNING")
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.zero_stage = config.zero_stage
-        rounded = config.dtype != torch.float32
         # As they are before DeepSpeed casts them to bf16.
-        self._unrounded = {name: t.detach().cpu().clone() for name, t in _tensors(module)} if rounded else {}
+        kept = _tensors(module) if config.rounds_weights else ()
+        self._unrounded = {name: tensor.detach().cpu().clone() for name, tensor in kept}
         module.to(device())
         optimizer = build_optimizer(module)
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         full_config = {
-            **config.values,
+            **config.completed(trained),
             "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size(),
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -97,11 +98,11 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self._trains = False
         self._norm = math.nan
-        if self.zero_stage == 0:
-            self._guard_updates(optimizer)
+        self._is_norm_finite: bool | None = None
+        self._guard_updates(optimizer)
         if not uses_gpu():
             unlink_allreduce_buffers()
-        if rounded:
+        if config.rounds_weights:
             self._restore_masters()
 
     def _restore_masters(self) -> None:
@@ -122,17 +123,25 @@ class Engine:
 
         A gradient that is not finite leaves the weights as they are; :meth:`was_step_applied` tells.
         """
+        self._is_norm_finite = None
         if self.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = float(nn.utils.get_total_norm(gradients))
         self._engine.step()
 
     def _guard_updates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Without ZeRO nobody looks at the gradient before it is applied; ZeRO 1 to 3 do."""
+        """Has an update left out where the norm of the gradient is not finite.
+
+        Without ZeRO nobody else looks at it, and of bf16 gradients ZeRO 1 and 2 only with a check of every single one,
+        which takes more calls than all else in a step. A norm is the same on all ranks.
+        """
         update = optimizer.step
 
         def step(*arguments: Any, **options: Any) -> Any:
-            return update(*arguments, **options) if math.isfinite(self._norm) else None
+            if self._is_norm_finite is None:  # it is called once a group
+                norm = self._norm if self.zero_stage == 0 else self._engine.optimizer._global_grad_norm
+                self._is_norm_finite = math.isfinite(norm)
+            return update(*arguments, **options) if self._is_norm_finite else None
 
         optimizer.step = step
 
@@ -143,7 +152,7 @@ class Engine:
 
     def was_step_applied(self) -> bool:
         """Whether the last :meth:`step` changed the weights; a gradient that is not finite is passed over."""
-        return self._engine.was_step_applied() and (self.zero_stage > 0 or math.isfinite(self._norm))
+        return self._engine.was_step_applied() and self._is_norm_finite is not False
 
     def outcome(self) -> tuple[Tensor, Tensor]:
         """Of the last step, on this rank's device: whether it was skipped (0 or 1), and else the global gradient norm

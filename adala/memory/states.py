@@ -7,17 +7,13 @@ autocast, which leaves weights as they are). AdamW is PyTorch's own.
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
-
 from adala.ds_config import DeepSpeedConfig
 from adala.stages import Stage
 
-# `zero/config.py:113`, `:245`: elements of a bucket of gradients, and of weights that ZeRO-3 may hold gathered.
-REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
-# `torch_autocast.py:15`: what under autocast is communicated in its dtype; other parameters in float32.
-LOW_PRECISION_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# `zero/config.py:245`: elements of weights that ZeRO-3 may hold gathered.
+MAX_LIVE_PARAMETERS = 1_000_000_000
 MASTER_BYTES, MOMENTS_BYTES = 4, 8
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -26,14 +22,12 @@ class ParameterCounts:
 
     Attributes:
         trained: Of the student and the head, those with a gradient.
-        trained_low: Of ``trained``, those that autocast's communication rounds.
         frozen: Of student and head, the others.
         buffers: Of their buffers.
         teacher: Of the teacher's parameters and buffers.
     """
 
     trained: int
-    trained_low: int
     frozen: int
     buffers: int
     teacher: int
@@ -85,15 +79,8 @@ class Traffic:
 def count_parameters(stage: Stage) -> ParameterCounts:
     """Counts the elements of a stage's parameters, on any device."""
     trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-    low = {
-        parameter
-        for module in stage.modules()
-        if type(module) in LOW_PRECISION_MODULES
-        for parameter in module.parameters(recurse=False)
-    }
     return ParameterCounts(
         trained=sum(parameter.numel() for parameter in trained),
-        trained_low=sum(parameter.numel() for parameter in trained if parameter in low),
         frozen=sum(parameter.numel() for parameter in stage.parameters() if not parameter.requires_grad),
         buffers=sum(buffer.numel() for buffer in stage.buffers()),
         teacher=sum(t.numel() for t in (*stage.teacher.parameters(), *stage.teacher.buffers())),
@@ -126,16 +113,18 @@ def model_states(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, a
     if zero == 0:
         return unpartitioned
     partitioned = replace(unpartitioned, masters=MASTER_BYTES * share, moments=MOMENTS_BYTES * share)
+    # `zero/stage_1_and_2.py:560`: masters are a float32 clone of the rank's share, also of float32 weights.
+    added_up = _added_up(config)
     if zero == 1:
-        # `zero/stage_1_and_2.py:560`: a float32 clone of the rank's share of the weights, also of float32 weights.
-        # Gradients have the weights' dtype: the accumulation's dtype is the model's (`engine.py:1806`), unless
-        # data_types.grad_accum_dtype says otherwise, which load_ds_config does not take; so the optimizer is
-        # DeepSpeedZeroOptimizer, and BF16_Optimizer with its float32 gradients never (`engine.py:2305`). They stay
-        # whole on the parameters until the step (`zero/stage_1_and_2.py:2282`).
-        return partitioned
+        # Gradients stay whole on the parameters until the step (`zero/stage_1_and_2.py:2282`). Where they are added up
+        # in float32, the optimizer is BF16_Optimizer (`engine.py:2305`), which holds them whole in float32 all the
+        # time (`bf16_optimizer.py:180`), beside each micro-batch's own.
+        return replace(partitioned, gradients=counts.trained * (width + (added_up if added_up != width else 0)))
     if zero == 2:
-        # The share of each micro-batch's (`:2183`), beside that of those before (`:1036`).
-        return replace(partitioned, gradients=share * width * (2 if accumulates else 1))
+        # The share in float32, into which each micro-batch's are added (`zero/stage_1_and_2.py:1268`); or, where they
+        # are added up in the weights' dtype, that of each micro-batch (`:2183`) beside that before (`:1036`).
+        twice = 2 if accumulates and added_up == width else 1
+        return replace(partitioned, gradients=share * added_up * twice)
     # ZeRO-3 partitions all parameters, frozen ones too, and keeps a gathered weight that is used again within
     # max_reuse_distance, by default 1e9 elements (`zero/partitioned_param_coordinator.py:653`): all of a ViT's.
     # Float32 weights were to be their own masters, but a device is compared with the name of one
@@ -145,7 +134,7 @@ def model_states(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, a
         partitioned,
         student=(_share(student, ranks) + counts.buffers) * width,
         gathered=min(student, live) * width,
-        gradients=share * width,
+        gradients=share * added_up,
     )
 
 
@@ -158,41 +147,59 @@ def _share(elements: int, ranks: int) -> int:
     return -(-elements // ranks)
 
 
-def _communicated(counts: ParameterCounts, config: DeepSpeedConfig) -> list[torch.dtype]:
-    """The dtypes that gradients are communicated in, each with a bucket of its own."""
-    if config.autocast_dtype is None:
-        return [config.dtype]
-    kinds = {config.autocast_dtype: counts.trained_low, torch.float32: counts.trained - counts.trained_low}
-    return [dtype for dtype, elements in kinds.items() if elements]
+def _added_up(config: DeepSpeedConfig) -> int:
+    """Bytes of an element of the sum of gradients over micro-batches."""
+    dtypes = config.completed(0).get("data_types", {})
+    return GRADIENT_BYTES[dtypes["grad_accum_dtype"]] if dtypes else _width(config)
+
+
+def _communicated(config: DeepSpeedConfig) -> int:
+    """Bytes of an element of a gradient on its way; what autocast is told to round is left out."""
+    dtype = config.completed(0).get("communication_data_type")
+    return GRADIENT_BYTES[dtype] if dtype and config.zero_stage else _width(config)
+
+
+def _bucket(counts: ParameterCounts, config: DeepSpeedConfig) -> int:
+    """Elements of a bucket."""
+    return int(config.completed(counts.trained)["zero_optimization"]["reduce_bucket_size"])
+
+
+def _has_buckets(config: DeepSpeedConfig) -> bool:
+    """Whether gradients are collected in buckets as they come: not by BF16_Optimizer, which reduces at the step."""
+    zero = config.values.get("zero_optimization", {})
+    is_bf16_optimizer = config.zero_stage == 1 and _added_up(config) != _width(config)
+    return config.zero_stage > 0 and zero.get("contiguous_gradients", True) and not is_bf16_optimizer
 
 
 def _buckets(counts: ParameterCounts, config: DeepSpeedConfig) -> int:
-    """Bytes of the buckets, which are made at their full size however small the model is."""
-    zero = config.values.get("zero_optimization", {})
-    if config.zero_stage == 0 or not zero.get("contiguous_gradients", True):
+    """Bytes of the buckets, which are made at their full size."""
+    if not _has_buckets(config):
         return 0
-    elements = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
-    dtypes = _communicated(counts, config)
     if config.zero_stage == 3:
-        # Made with the engine, never let go of, each in its dtype (`zero/stage3.py:782`).
-        return elements * sum(dtype.itemsize for dtype in dtypes)
+        # Made with the engine, never let go of, in the dtype of the communication (`zero/stage3.py:782`).
+        return _bucket(counts, config) * _communicated(config)
     # Made as a backward pass begins, in the dtype of the weights whatever they are for (`zero/stage_1_and_2.py:3266`,
     # `:1254`); twice where the reduction overlaps with it.
-    return elements * _width(config) * len(dtypes) * (2 if zero.get("overlap_comm") else 1)
+    return (
+        _bucket(counts, config) * _width(config) * (2 if config.values["zero_optimization"].get("overlap_comm") else 1)
+    )
 
 
 def _update(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int) -> int:
     """Bytes that come after the backward pass, beside what lasts: of the reduction, then of the update."""
-    zero = config.values.get("zero_optimization", {})
     width, share = _width(config), _share(counts.trained, ranks)
     # PyTorch's AdamW of several tensors at once makes the square roots of all second moments.
     if config.zero_stage == 0:
         flat = counts.trained * width if ranks > 1 else 0
         return max(flat, 4 * counts.trained)
+    if config.zero_stage == 1 and not _has_buckets(config):
+        # All of a group are flattened to be reduced, 5e8 elements at a time (`engine.py:3827`).
+        return max(counts.trained * _added_up(config), share * 4)
     # A bucket is flattened, and cast where its communication has another dtype (`zero/stage_1_and_2.py:2367`, `:2377`);
     # ZeRO-1 copies its share of the gradients out (`:2183`).
-    elements = min(counts.trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
-    reduction = elements * (width + (config.autocast_dtype.itemsize if config.autocast_dtype else 0))
+    elements = min(counts.trained, _bucket(counts, config))
+    communicated = _communicated(config)
+    reduction = elements * (width + (communicated if communicated != width else 0))
     reduction += _buckets(counts, config) + (share * width if config.zero_stage == 1 else 0)
     # The share's gradient in float32 (`:3118`), and the square roots. ZeRO-3's buckets are there all the time.
     update = share * (4 + 4) + (_buckets(counts, config) if config.zero_stage == 3 else 0)
@@ -215,8 +222,7 @@ def step_traffic(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, a
         accumulation: Micro-batches of a step.
     """
     width, zero = _width(config), config.zero_stage
-    low = config.autocast_dtype.itemsize if config.autocast_dtype and zero else width
-    gradients = (counts.trained_low * low + (counts.trained - counts.trained_low) * width) * (ranks - 1) // ranks
+    gradients = counts.trained * _communicated(config) * (ranks - 1) // ranks
     weights = counts.trained * width * (ranks - 1) // ranks
     if zero == 3:
         # Scattered every micro-batch; all weights gathered for its forward pass, and, where they were let go of, once

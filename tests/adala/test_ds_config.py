@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adala.ds_config import load_ds_config
+from adala.ds_config import REDUCE_BUCKET, load_ds_config
 from adala.engine import check_ds_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -75,6 +75,11 @@ def test_an_own_file_may_say_nothing(tmp_path: Path) -> None:
         ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "fp16 overflows"),
         ('{"fp16": {"enabled": true}}', "fp16 overflows"),
         ('{"bf16": {"enabled": true}}', "bf16 without ZeRO"),
+        ('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}', "nothing but its norm tells"),
+        ('{"data_types": {"grad_accum_dtype": "fp16"}}', 'data_types.grad_accum_dtype is "fp16": it must be "fp32"'),
+        ('{"data_types": {"param_dtype": "bf16"}}', "data_types.param_dtype is not a key"),
+        ('{"data_types": {"grad_accum_dtype": "fp32"}}', "is of bf16 weights"),
+        ('{"torch_autocast": {"lower_precision_safe_modules": "torch.nn.Linear"}}', "it must be a list of class names"),
         ('{"zero_optimisation": {"stage": 1}}', "zero_optimisation is not a key that it can have: zero_optimization"),
         ('{"bfloat16": {"enabled": true}}', "bfloat16 is not a key"),
         ('{"train_batch_size": "auto"}', "train_batch_size belongs into the recipe"),
@@ -132,3 +137,23 @@ def test_a_byte_order_mark_and_a_home_folder(tmp_path: Path, monkeypatch) -> Non
     (tmp_path / "à moi.json").write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8-sig")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_ds_config("~/à moi.json").zero_stage == 2
+
+
+def test_what_a_file_says_holds(tmp_path: Path) -> None:
+    """What it leaves out is completed: gradients in float32, and buckets no larger than the gradients."""
+    own = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "bf16"},
+        "communication_data_type": "bf16",
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(own))
+    assert load_ds_config(str(tmp_path / "mine.json")).completed(1000) == own
+    completed = load_ds_config("zero2_bf16").completed(1000)
+    assert completed["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert (completed["data_types"], completed["communication_data_type"]) == ({"grad_accum_dtype": "fp32"}, "fp32")
+    assert load_ds_config("zero2").completed(10**9)["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET
+    assert load_ds_config("zero0").completed(10) == load_ds_config("zero0").values
+    autocast = load_ds_config("zero1_autocast")
+    assert autocast.completed(10)["torch_autocast"]["lower_precision_safe_modules"] == []
+    assert not autocast.rounds_weights and load_ds_config("zero3_bf16").rounds_weights

@@ -168,10 +168,7 @@ def test_a_disk_without_room_is_told_first(plan_of, monkeypatch: pytest.MonkeyPa
         ('{"zero_optimization": {"stage": 4}}', "stage is 4: it must be 0, 1, 2 or 3"),
         ('{"bf16": {"enabled": true}}', "bf16 without ZeRO"),
         ('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 1}}', "fp16 overflows"),
-        (
-            '{"bf16": {"enabled": true, "check_grad_overflow": false}, "zero_optimization": {"stage": 1}}',
-            "check_grad_overflow",
-        ),
+        ('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}', "compute_grad_norm"),
         ('{"train_batch_size": 8}', "belongs into the recipe"),
         ("{", "not valid JSON"),
     ],
