@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,7 @@ def build_stage(plan: StagePlan, student: LinearizedVisionTransformer, teacher: 
     """The stage module around a prepared student."""
     # The teacher computes in the student's precision, so that a student equal to it is equal to the bit.
     stage = STAGE_BUILDERS[plan.kind.name](plan, student, teacher.to(plan.model.precision.dtype))
+    stage.normalise = plan.data.view.normalise
     if plan.config.activation_checkpointing:
         stage.checkpoint_activations()
     if plan.config.compile:
@@ -233,7 +234,8 @@ def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> T
     data = plan.data
     return TrainLoader(
         plan.training,
-        preparation_of(plan.task, data.view, plan.config.augmentation),
+        # The stage normalises what comes as uint8.
+        preparation_of(plan.task, replace(data.view, trains_on_uint8=True), plan.config.augmentation),
         global_batch_size=plan.config.global_batch_size,
         micro_batch_size=plan.micro_batch_size,
         seed=plan.model.seed,
@@ -248,7 +250,11 @@ def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> T
 
 def preparation_of(task: Task | None, view: View, augmentation: str | None = None) -> Preparation:
     """What becomes of a sample: with the task's target, or the image alone; as held-out where nothing is augmented."""
-    return task.prepare(view, augmentation) if task else prepare_images(view.image_transform(augmentation))
+    return (
+        task.prepare(view, augmentation)
+        if task
+        else prepare_images(view.image_transform(augmentation, as_uint8=view.trains_on_uint8))
+    )
 
 
 def build_evaluation_loader(

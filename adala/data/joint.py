@@ -53,6 +53,7 @@ def build_train_pair_transform(
     *,
     augmentation: str,
     ignore_index: int,
+    as_uint8: bool = False,
 ) -> PairTransform:
     """An augmentation by name, of image and mask alike, normalised.
 
@@ -62,16 +63,17 @@ def build_train_pair_transform(
         std: Per channel, of values in 0 .. 1.
         augmentation: See :func:`adala.data.transforms.build_train_transform`.
         ignore_index: What the mask has beside the picture, where it is padded.
+        as_uint8: Leaves out the normalisation, see :func:`adala.data.transforms.build_train_transform`.
 
     Returns:
-        A map from a PIL RGB image and its mask (h, w) to float32 (3, H, W) and int64 (H, W) that draws from torch's
-        global generator; see :func:`adala.data.transforms.seeded`.
+        A map from a PIL RGB image and its mask (h, w) to float32 or uint8 (3, H, W) and int64 (H, W) that draws from
+        torch's global generator; see :func:`adala.data.transforms.seeded`.
 
     Raises:
         ValueError: Unknown augmentation.
     """
     steps = augmentation_steps(augmentation, image_size, mean, fill={ClassMask: ignore_index})
-    return functools.partial(_transform_both, _sequence(*steps, *normalising_steps(mean, std)))
+    return functools.partial(_transform_both, _sequence(*steps, *([] if as_uint8 else normalising_steps(mean, std))))
 
 
 def build_eval_pair_transform(

@@ -231,8 +231,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yields micro-batches without end, from where :attr:`state` stands.
 
-        Each is a dict: ``image`` (B, 3, H, W) float32, what else the preparation makes of a sample, ``id`` a list of
-        ``<shard file name>/<key>``, ``epoch`` an int.
+        Each is a dict: ``image`` (B, 3, H, W), float32 or uint8, what else the preparation makes of a sample, ``id`` a
+        list of ``<shard file name>/<key>``, ``epoch`` an int.
 
         Raises:
             ValueError: A shard holds fewer samples than its index says, or too many are bad.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adala.data.labels import Classes
 from adala.data.tars import Fields
-from adala.data.transforms import ImageTransform, build_eval_transform, build_train_transform
+from adala.data.transforms import ImageTransform, build_eval_transform, build_train_transform, normalise
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,32 @@ class View:
         mean: Per channel, of values in 0 .. 1.
         std: Per channel, of values in 0 .. 1.
         patch_size: Height and width of a patch in pixels, which divide those of the image.
+        trains_on_uint8: Whether images may come as uint8 where they are augmented, for :meth:`normalise` on the device.
     """
 
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     patch_size: tuple[int, int]
+    trains_on_uint8: bool = False
 
-    def image_transform(self, augmentation: str | None = None) -> ImageTransform:
+    def image_transform(self, augmentation: str | None = None, as_uint8: bool = False) -> ImageTransform:
         """From a PIL RGB image to float32 (3, H, W): augmented by that name, or as evaluations see it.
+
+        Args:
+            augmentation: Its name; None for evaluations.
+            as_uint8: Gives augmented images before they are normalised, which :meth:`normalise` does.
 
         Raises:
             ValueError: Unknown augmentation.
         """
         if augmentation is None:
             return build_eval_transform(self.image_size, self.mean, self.std)
-        return build_train_transform(self.image_size, self.mean, self.std, augmentation=augmentation)
+        return build_train_transform(self.image_size, self.mean, self.std, augmentation=augmentation, as_uint8=as_uint8)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) as the model is to see them: uint8 ones normalised on their device, others untouched."""
+        return normalise(images, self.mean, self.std)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Shapes: B batch, N tokens, D embed dim.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ class Stage(nn.Module):
 
     Attributes:
         target_variance: Of each target that the loss compares with, where it needs that; see :meth:`calibrate`.
+        normalise: From uint8 images (B, 3, height, width) on their device to what the models are to see; None where
+            only normalised ones come.
     """
+
+    normalise: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, student: LinearizedVisionTransformer, teacher: VisionTransformer):
         super().__init__()
@@ -57,7 +61,7 @@ class Stage(nn.Module):
         (B, N, D), and ``decision`` and ``target`` where there is a task.
 
         Args:
-            batch: ``image`` (B, 3, height, width), already normalised, and what else the stage reads.
+            batch: ``image`` (B, 3, height, width), normalised or uint8, and what else the stage reads.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward")
 
@@ -110,9 +114,19 @@ class Stage(nn.Module):
         return self.target_variance[target]
 
     def images_for(self, model: VisionTransformer, batch: Mapping[str, Any]) -> Tensor:
-        """The batch's images on the device and in the dtype of ``model``'s weights."""
-        weight = model.patch_embed.proj.weight
-        return batch["image"].to(weight.device, weight.dtype, non_blocking=True)
+        """The batch's images, normalised, on the device and in the dtype of ``model``'s weights.
+
+        Raises:
+            ValueError: They are uint8, and the stage does not know how to normalise them.
+        """
+        weight, images = model.patch_embed.proj.weight, batch["image"]
+        if not images.is_floating_point():
+            if self.normalise is None:
+                raise ValueError(
+                    f"images of {images.dtype} are not normalised: set the stage's normalise, or do it before"
+                )
+            images = self.normalise(images.to(weight.device, non_blocking=True))
+        return images.to(weight.device, weight.dtype, non_blocking=True)
 
     def feature_metrics(self, features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
         """Cosines and relative error of a batch's features (B, N, D), for the log."""

@@ -75,7 +75,7 @@ class Classification(Task):
 
     def prepare(self, view: View, augmentation: str | None) -> Preparation:
         """``image`` (3, H, W) and ``label``."""
-        transform = view.image_transform(augmentation)
+        transform = view.image_transform(augmentation, as_uint8=view.trains_on_uint8)
         return Preparation(lambda image, label: {"image": transform(image), "label": torch.tensor(label)}, self.reader)
 
     def build_head(self, student: VisionTransformer) -> ClassificationHead:

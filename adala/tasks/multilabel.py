@@ -92,7 +92,7 @@ class Multilabel(Task):
 
     def prepare(self, view: View, augmentation: str | None) -> Preparation:
         """``image`` (3, H, W) and ``labels`` (K,), 1 where a label holds."""
-        transform = view.image_transform(augmentation)
+        transform = view.image_transform(augmentation, as_uint8=view.trains_on_uint8)
 
         def tensors(image: Any, labels: tuple[int, ...]) -> dict[str, Tensor]:
             multi_hot = torch.zeros(self.num_classes)

@@ -132,7 +132,9 @@ class Segmentation(Task):
             pair = build_eval_pair_transform(*shape, view="crop", patch_size=max(view.patch_size))
         else:
             ignore_index = self.mask_format.ignore_index
-            pair = build_train_pair_transform(*shape, augmentation=augmentation, ignore_index=ignore_index)
+            pair = build_train_pair_transform(
+                *shape, augmentation=augmentation, ignore_index=ignore_index, as_uint8=view.trains_on_uint8
+            )
         return self._preparation(pair)
 
     def prepare_scoring(self, view: View) -> Preparation | None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_recipe
 from tiny_stage import build_tiny_stage, plan_stage
@@ -18,6 +19,7 @@ from adala.build import (
     build_train_loader,
     find_start,
     load_start,
+    preparation_of,
     prepare_student,
     rehearse,
     unaligned_student,
@@ -219,6 +221,7 @@ def test_loaders_follow_the_plan(recipe: Path) -> None:
     batches = iter(build_train_loader(plan))
     first, second = next(batches), next(batches)
     assert first["image"].shape == (2, 3, 16, 16) and first["label"].shape == (2,)
+    assert first["image"].dtype == torch.uint8
     assert first["id"] != second["id"] and build_train_loader(plan).steps_per_epoch == 5
     assert next(iter(build_train_loader(plan)))["id"] == first["id"]
     other = plan_stage(recipe, 3, ["--stage3.micro_batch_size=2", "--seed=1"])
@@ -232,6 +235,20 @@ def test_loaders_follow_the_plan(recipe: Path) -> None:
     unlabelled = plan_stage(recipe, 2)
     assert all("label" not in batch for batch in build_monitor_loader(unlabelled))
     assert "label" not in next(iter(build_train_loader(unlabelled)))
+
+
+def test_a_stage_normalises_the_images_of_its_loader(recipe: Path) -> None:
+    """To the bits of the worker's own normalisation, which evaluations have; without it uint8 is refused."""
+    plan = plan_stage(recipe, 2)
+    stage, batch = build_tiny_stage(plan), next(iter(build_train_loader(plan)))
+    in_worker = preparation_of(None, plan.data.view, plan.config.augmentation)
+    image = stage.images_for(stage.student, {"image": batch["image"][:1]})
+    picture = Image.fromarray(batch["image"][0].permute(1, 2, 0).numpy())
+    assert torch.equal(image[0], in_worker.transform(picture, None)["image"])
+    assert torch.equal(stage.images_for(stage.student, {"image": image}), image)
+    stage.normalise = None
+    with pytest.raises(ValueError, match=r"images of torch\.uint8 are not normalised"):
+        stage(batch)
 
 
 def test_a_stage_trains_at_an_image_size_of_its_own(recipe: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from adala.data.transforms import build_eval_transform, build_train_transform, seeded
+from adala.data.transforms import build_eval_transform, build_train_transform, normalise, seeded
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 AUGMENTATIONS = ["none", "crop", "shift", "strong", "scale"]
@@ -43,6 +43,19 @@ def test_every_augmentation_gives_normalised_floats_of_the_size(augmentation, so
     assert (tensor.shape, tensor.dtype) == ((3, 32, 48), torch.float32)
     assert tensor.min() >= -0.5 / 0.2 - 1e-6 and tensor.max() <= 0.5 / 0.2 + 1e-6
     pickle.dumps(transform)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_normalising_a_batch_of_uint8_gives_the_same_bits(augmentation):
+    """What is left for the device, and of float images nothing."""
+    as_float, as_uint8 = (
+        build_train_transform((32, 48), MEAN, STD, augmentation=augmentation, as_uint8=as_uint8)
+        for as_uint8 in (False, True)
+    )
+    images = [[seeded(partial(each, picture(60, 90)), 0, 0, name) for name in "abc"] for each in (as_float, as_uint8)]
+    floats, bytes_ = map(torch.stack, images)
+    assert bytes_.dtype == torch.uint8
+    assert torch.equal(normalise(bytes_, MEAN, STD), floats) and normalise(floats, MEAN, STD) is floats
 
 
 @pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
