@@ -108,22 +108,6 @@ def training_call(mix: Mix, qkv: Tensor) -> Callable[[], Any]:
 CALLS = {"forward": forward_call, "forward + backward": training_call}
 
 
-def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The call as a CUDA graph; on a CPU the call itself."""
-    if device.type != "cuda":
-        return call
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy reads and writes, the best of some."""
     source = torch.ones(COPIED_BYTES // 4, device=device)
@@ -142,7 +126,7 @@ def measure_case(qkv: Tensor, what: str, rounds: int, bandwidth: float, left_out
         if name in left_out:
             continue
         try:
-            call = captured(CALLS[what](mix, qkv), qkv.device)
+            call = timing.captured(timing.Runner(CALLS[what](mix, qkv)), qkv.device).call
             runners[name] = timing.warmed(timing.Runner(call), measure)
         except Exception as error:  # whatever a backend, a compiler or the device's memory refuses is a row
             errors[name] = str(error).strip().splitlines()[0][:120]

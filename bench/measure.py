@@ -60,11 +60,12 @@ def failing(row: Row | SweepRow, device: torch.device, mark: Callable[..., None]
 
 @dataclass(frozen=True)
 class Network:
-    """A network that passed its gate, and its warmed forward pass, eager or of torch.compile."""
+    """A network that passed its gate, and its warmed forward pass, eager or of torch.compile, on a GPU as a graph."""
 
     model: VisionTransformer
     runner: Runner
     is_compiled: bool = False
+    is_captured: bool = False
 
 
 def prepare(
@@ -89,7 +90,7 @@ def prepare(
                 said = f"{gate.error:.2g} (below {gate.tolerance:.0e}), its worst token by {gate.worst_row:.2g}"
                 raise cases.CaseFailed(f"differs from its reference by {said}", "gate")
             eager = Network(model, timing.warmed(runner, timing.measure_for(settings.device)))
-            networks[mechanism] = maybe_compile(settings, case, eager, images)
+            networks[mechanism] = maybe_capture(settings, maybe_compile(settings, case, eager, images))
     return networks, gates
 
 
@@ -128,6 +129,24 @@ def maybe_compile(settings: Settings, case: cases.Case, eager: Network, images: 
     if settings.compile == "on" or fast_s < eager_s:
         return Network(eager.model, replace(fast, seconds=fast_s), is_compiled=True)
     return replace(eager, runner=replace(eager.runner, seconds=eager_s))
+
+
+def maybe_capture(settings: Settings, network: Network) -> Network:
+    """The forward pass as a CUDA graph, where there is a GPU and the graph gives what the pass itself does."""
+    if settings.device.type != "cuda":
+        return network
+    try:
+        expected = network.runner().clone()
+        runner = timing.captured(network.runner, settings.device)
+        if not torch.equal(runner(), expected):
+            raise RuntimeError("the CUDA graph gives another output")
+        return replace(network, runner=timing.warmed(runner, timing.measure_for(settings.device)), is_captured=True)
+    except Exception as error:
+        sentence, kind = cases.failure(error)
+        if kind == cases.OUT_OF_MEMORY:
+            raise
+        say(f"not captured in a CUDA graph: {sentence[:200]}")
+        return network
 
 
 def time_rounds(
@@ -183,7 +202,7 @@ def time_size(
     samples = time_rounds(settings, runners, rows, budget_s)
     for mechanism, row in standing({name: rows[name] for name in networks}).items():
         fill_in_times(row, samples)
-        row.compiled = networks[mechanism].is_compiled
+        row.compiled, row.captured = networks[mechanism].is_compiled, networks[mechanism].is_captured
         row.sdpa_backend = settings.case(mechanism, image_size).softmax
         row.energy_mj_per_image = timing.energy_mj_per_image(runners[mechanism], row.batch, settings.device)
         ratio = "" if row.ratio_vs_softmax is None else f"  {row.ratio_vs_softmax:6.2f} x softmax"

@@ -41,6 +41,7 @@ class Row:
     ratio_vs_none: float | None = None
     rounds: int | None = None
     compiled: bool | None = None
+    captured: bool | None = None
     sdpa_backend: str | None = None
     train_img_s: float | None = None
     train_ratio_vs_softmax: float | None = None

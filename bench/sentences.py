@@ -68,6 +68,7 @@ def conclusions(results: Results) -> dict[str, Any]:
         "failed": [row for row in rows if row.error is not None],
         "pinned": [row for row in rows if row.sdpa_backend is not None],
         "compiled": [row for row in rows if row.compiled],
+        "captured": [row for row in rows if row.captured],
         "crossing": partial(crossing, results),
         "crossings": partial(_grouped_crossings, results),
     }
