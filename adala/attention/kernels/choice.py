@@ -27,7 +27,13 @@ def set_kernel(kernel: Kernel) -> None:
 
 
 def uses_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a fused kernel is taken for values of this kind."""
+    """Whether a fused kernel is taken for values of this kind.
+
+    On a CPU not under torch.compile and torch.export: what the former makes of plain operations is faster than a chunk
+    of tokens at a time, and the latter's programs are to run elsewhere.
+    """
+    if is_chunked(device) and torch.compiler.is_compiling():
+        return False
     return _chosen != "reference" and unsupported_reason(device, dtype, head_dim) is None
 
 
