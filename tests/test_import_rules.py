@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
         "adala.evaluation_pictures",
         "adala.lineage",
         "adala.sources",
+        "adala.huggingface",
     },
     {"adala.checkpoint", "adala.export"},
     {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},
@@ -32,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"adala.losses", "adala.conversion"},
     {"adala.evaluation_command"},
     {"adala.attention", "adala.protocol", "adala.commands"},
-    {"adala.config", "adala.failures", "adala.weights", "adala.machine"},
+    {"adala.config", "adala.failures", "adala.weights", "adala.weight_names", "adala.machine"},
     {"adala.rules", "adala.distributed", "adala.files", "adala.plugins", "adala.compilation", "adala.activations"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
