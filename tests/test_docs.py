@@ -30,6 +30,8 @@ from adala.data.labels import JSON_KEYS, LABEL_FIELDS, LABELS_FIELDS, LABELS_JSO
 from adala.data.masks import MASK_FIELDS, MaskFormat
 from adala.evaluation_command import build_evaluation_parser, parse_evaluation
 from adala.export import StudentDescription, save_student
+from adala.export.command import build_export_parser
+from adala.export.portable import ENDINGS
 from adala.heads import SEGMENTATION_HEADS
 from adala.protocol import DEFAULT_PROTOCOL, PROTOCOL_FOLDER, load_protocol
 from adala.rules import MEASURES
@@ -223,6 +225,25 @@ def test_the_four_verbs_of_the_readme_run(runs: Path, monkeypatch: pytest.Monkey
     session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
     (features,) = session.run(None, {"images": np.zeros((2, 3, 448, 448), np.float32)})
     assert features.shape == (2, 1 + 32 * 32, 32)
+
+
+def test_the_python_of_the_page_on_exports_runs(runs: Path) -> None:
+    student = linearize(build_tiny_teacher((28, 28), depth=1, patch_size=14), "linear")
+    done = run_python("docs/EXPORT.md", 0, student=student)["done"]
+    adala.export(student, "student.pt2", size=448)
+    adala.export(student, "compiled.pt2", size=448, compiled=True)
+    assert done.agreement.worst_cosine > 0.9999
+    of_onnx, of_torch = run_python("docs/EXPORT.md", 1)["features"], run_python("docs/EXPORT.md", 2)
+    assert of_onnx.shape == (3, 1 + 32 * 32, 32)
+    compiled = of_torch["compiled"](torch.zeros(3, 3, 448, 448))
+    for features in (of_torch["features"], compiled):
+        assert torch.allclose(features, torch.from_numpy(of_onnx), atol=1e-4)
+
+
+def test_the_page_on_exports_has_every_form() -> None:
+    assert [row[0] for row in table(PAGES["docs/EXPORT.md"], "form")] == list(ENDINGS)
+    for command in re.findall(r"python -m adala\.export (.*?)(?:  #.*)?$", PAGES["docs/EXPORT.md"], flags=re.MULTILINE):
+        build_export_parser().parse_args(shlex.split(command))
 
 
 def test_the_python_of_the_page_on_tasks_runs(runs: Path) -> None:

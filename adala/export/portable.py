@@ -245,7 +245,7 @@ def _trace(
     except Exception as error:  # anybody's mechanism is traced here, which may fail at anything
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
-            f"mechanism {mechanism} cannot be traced by torch.export ({type(error).__name__}: {reason})"
+            f"a model with mechanism {mechanism} cannot be traced by torch.export ({type(error).__name__}: {reason})"
         ) from error
 
 

@@ -24,9 +24,10 @@ from adala.tasks import Task, resolve_task
 # Of another form than the model's own 16 x 16, so that what depends on the grid is resized.
 SIZE = (24, 12)
 TASKS = {
-    "classification": {"num_classes": 5},
-    "multilabel": {"num_classes": 4},
-    "segmentation": {"num_classes": 3},
+    "classification": ("classification", {"num_classes": 5}),
+    "multilabel": ("multilabel", {"num_classes": 4}),
+    "segmentation": ("segmentation", {"num_classes": 3}),
+    "segmentation-pmt": ("segmentation", {"num_classes": 3, "head": "pmt"}),
 }
 
 
@@ -98,7 +99,8 @@ def test_a_program_is_compiled_ahead_of_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_a_head_comes_along(name: str, tmp_path: Path) -> None:
     student = student_of("linear", reg_tokens=4, no_embed_class=True)
-    task: Task = resolve_task(name)(**TASKS[name])
+    kind, options = TASKS[name]
+    task: Task = resolve_task(kind)(**options)
     model = TaskModel(student, task.build_head(student), task).eval()
     with torch.no_grad():
         for parameter in model.head.parameters():
@@ -188,8 +190,8 @@ def with_mixer(mixer: type[TokenMixer]) -> nn.Module:
         (Undecided, "x.onnx", r"refused, its cosine is below 0.9999 \(.*worst cosine -?0\.[0-8]"),
         (Undecided, "x.pt2", "refused, its cosine is below 0.9999"),
         (Eigenvectors, "x.onnx", "mechanism Eigenvectors cannot become ONNX: its operator aten.*eigh has no ONNX form"),
-        (Deciding, "x.onnx", "mechanism Deciding cannot be traced by torch.export"),
-        (Deciding, "x.pt2", "mechanism Deciding cannot be traced by torch.export"),
+        (Deciding, "x.onnx", "a model with mechanism Deciding cannot be traced by torch.export"),
+        (Deciding, "x.pt2", "a model with mechanism Deciding cannot be traced by torch.export"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
