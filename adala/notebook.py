@@ -360,7 +360,7 @@ def _features_only(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.forward_head
+        model.__dict__.pop("forward_head", None)  # gone already where both models are one
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def write_timm(
     """Writes a backbone's weights under timm's keys, and ``config.json``, as ``timm.models.save_for_hf`` does.
 
     Args:
-        model: The backbone, whose blocks are all softmax.
+        model: The backbone, whose blocks are all softmax; its ``pretrained_cfg`` is changed.
         folder: Where they go.
         image_size: Height and width in pixels that it is at.
         mean: Per-channel mean of the input.
@@ -50,8 +50,10 @@ def write_timm(
         model_args: Arguments of timm's constructor, where they are known; else what timm itself noted of them.
     """
     known = {} if model_args is None else {**model_args, "img_size": list(image_size), "dynamic_img_size": True}
+    # What timm reads of images when it saves; its older versions take no other word for it.
     images = {"input_size": (3, *image_size), "mean": tuple(mean), "std": tuple(std)}
-    save_for_hf(model, str(folder), model_args=known, safe_serialization=True, data_config=images)
+    model.pretrained_cfg = {**model.pretrained_cfg, **images}
+    save_for_hf(model, str(folder), model_args=known, safe_serialization=True)
     # safetensors writes files that only their owner may read.
     (folder / WEIGHTS).chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
 

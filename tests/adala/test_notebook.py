@@ -1,5 +1,6 @@
 """Alignment and evaluation without a recipe: the stages' own mathematics on anybody's images."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -252,8 +253,12 @@ def test_evaluation_is_the_measure_of_all_features(teacher, batches: list[Tensor
     assert found.pop("images") == 12
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
     assert student.training and not teacher.training
-    same = adala.evaluate(linearize(teacher, "softmax"), teacher, batches)
-    assert same["feature_cosine"] == pytest.approx(1, abs=1e-6) and same["relative_error"] == 0
+    # Of whatever dtype the weights are.
+    exact = adala.evaluate(copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), batches)
+    assert exact == pytest.approx({**found, "images": 12}, rel=1e-4)
+    for model in (linearize(teacher, "softmax"), teacher):
+        same = adala.evaluate(model, teacher, batches)
+        assert same["feature_cosine"] == pytest.approx(1, abs=1e-6) and same["relative_error"] == 0
 
 
 def test_evaluation_times_both_models_side_by_side(teacher, batches: list[Tensor], monkeypatch) -> None:

@@ -139,6 +139,16 @@ def test_a_file_says_what_images_it_takes(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+def test_weights_too_large_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    student = student_of("linear")
+    for _ in range(2):  # again over the first
+        done = adala.export(student, tmp_path / "x.onnx")
+        assert {path.name for path in tmp_path.iterdir()} == {"x.onnx", "x.onnx.data"}
+    with torch.no_grad():
+        assert_close(run_onnx(done.path, random_images(2, (16, 16))), student(random_images(2, (16, 16))))
+
+
 def test_the_model_and_the_chosen_kernel_are_left_as_they_were(tmp_path: Path) -> None:
     student = student_of("linear").train()
     before, images = {name: value.clone() for name, value in student.state_dict().items()}, random_images(2)
