@@ -34,7 +34,7 @@ def write_onnx(
     mechanism: str,
     notes: Mapping[str, Any],
 ) -> None:
-    """Writes a traced model as ONNX; weights of more than 1.5 GB go into a file beside it, whose name ends in ``.data``.
+    """Writes a traced model as ONNX; weights of more than 1.5 GB go into a file beside it, named after it (``.data``).
 
     Args:
         program: From images (B, 3, H, W).

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -67,9 +68,7 @@ def test_a_student_of_every_mechanism_becomes_onnx(mechanism: str, tmp_path: Pat
     done = adala.export(student, tmp_path / "student.onnx", size=SIZE)
     assert done.agreement.worst_cosine > 0.999999 and done.agreement.batch_sizes == (2, 1, 3)
     assert (done.form, done.image_size, done.output) == ("onnx", SIZE, "features")
-    # Position embeddings and projections are constants of this size, weights lie in the file.
     assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]
-    assert "Resize" not in {node.op_type for node in onnx.load(done.path).graph.node}
     for batch in (1, 5):
         images = random_images(batch)
         assert_close(run_onnx(done.path, images), at_size(student, images))
@@ -80,7 +79,8 @@ def test_a_student_of_every_mechanism_becomes_a_program_of_torch(mechanism: str,
     student = student_of(mechanism)
     done = adala.export(student, tmp_path / "student.pt2", size=SIZE)
     program = torch.export.load(done.path)
-    assert not [node for node in program.graph.nodes if "adala" in str(node.target)]
+    # Neither a kernel of ours nor, for an image size that is fixed, an interpolation of the position embedding.
+    assert not [node for node in program.graph.nodes if re.search("adala|upsample|interpolate", str(node.target))]
     for batch in (1, 5):
         images = random_images(batch)
         assert_close(program.module()(images), at_size(student, images))
