@@ -81,6 +81,7 @@ def test_a_head_goes_to_torch_and_not_to_timm(softmax_folder: Path) -> None:
         (["--to", "torch", "--size", "1", "2", "3"], "error: --size is 1 2 3: it is one number of pixels, or height"),
         (["--to", "torch", "--batch", "x"], "error: batch is 'x'"),
         (["--to", "onnx", "--compile"], "error: only a program of torch can be compiled"),
+        (["--to", "torch", "--images", "nowhere.jpg"], "error: nowhere.jpg cannot be read as an image"),
     ],
     ids=str,
 )
