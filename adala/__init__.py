@@ -2,6 +2,8 @@
 
 student = adala.load_student("runs/demo/stage2")
 features = student(images)                      # (B, N, D), all tokens after the final norm
+
+Of one's own, in four verbs: ``linearize``, ``align``, ``evaluate``, ``export``.
 """
 
 import importlib
@@ -10,6 +12,8 @@ import importlib
 from adala.students import linearize
 
 _LAZY = {
+    "align": "adala.notebook",
+    "evaluate": "adala.notebook",
     "load_teacher": "adala.backbones",
     "load_student": "adala.export",
     "load_task_model": "adala.export",
@@ -17,11 +21,13 @@ _LAZY = {
     "mechanism_names": "adala.attention",
 }
 
-__all__ = ["linearize", *_LAZY]
+__all__ = ["export", "linearize", *_LAZY]
 
 
 def __getattr__(name: str) -> object:
     # Lazily: a mechanism's package imports adala.attention, and need not pay for all the rest.
+    if name == "export":
+        return importlib.import_module("adala.export")  # a module that can be called
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'adala' has no attribute {name!r}")

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import yaml
 from PIL import Image
+from timm.layers import Attention
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
 
+import adala
 from adala.config import RECIPE_FOLDER, Recipe, parse_command
 from adala.data import load_index
 from adala.data.images import IMAGE_FIELDS
@@ -27,6 +30,8 @@ from adala.data.labels import JSON_KEYS, LABEL_FIELDS, LABELS_FIELDS, LABELS_JSO
 from adala.data.masks import MASK_FIELDS, MaskFormat
 from adala.evaluation_command import build_evaluation_parser, parse_evaluation
 from adala.export import StudentDescription, save_student
+from adala.export.command import build_export_parser
+from adala.export.portable import ENDINGS
 from adala.heads import SEGMENTATION_HEADS
 from adala.protocol import DEFAULT_PROTOCOL, PROTOCOL_FOLDER, load_protocol
 from adala.rules import MEASURES
@@ -196,16 +201,49 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_python(page: str, **names: Any) -> dict[str, Any]:
-    """What the names of a page's first example stand for in the end."""
-    exec(re.search(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)[1], names)
+def run_python(page: str, number: int = 0, **names: Any) -> dict[str, Any]:
+    """What the names of one of a page's examples stand for in the end."""
+    exec(re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)[number], names)
     return names
 
 
 def test_the_python_of_the_readme_runs(runs: Path) -> None:
-    found = run_python("README.md", images=torch.zeros(2, 3, 24, 16), timm_model=build_tiny_teacher(depth=12))
+    found = run_python("README.md", images=torch.zeros(2, 3, 24, 16))
     assert found["features"].shape == (2, 1 + 6 * 4, 32)
     assert found["model"](torch.zeros(2, 3, 16, 16)).shape == (2, 3, 16, 16)
+
+
+def test_the_four_verbs_of_the_readme_run(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(adala.align.__kwdefaults__, "steps", (3, 3))
+    images = torch.randn(8, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    teacher = build_tiny_teacher((28, 28), depth=12, patch_size=14)
+    found = run_python("README.md", 1, teacher=teacher, loader=[(images, None)], held_out=[images])
+    softmax = [index for index, block in enumerate(found["student"].blocks) if type(block.attn) is Attention]
+    assert softmax == [0, 11]
+    said = capsys.readouterr().out
+    assert "on 8 images, after 3 + 3 steps" in said and "'speed_against_teacher': " in said
+    session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
+    (features,) = session.run(None, {"images": np.zeros((2, 3, 448, 448), np.float32)})
+    assert features.shape == (2, 1 + 32 * 32, 32)
+
+
+def test_the_python_of_the_page_on_exports_runs(runs: Path) -> None:
+    student = linearize(build_tiny_teacher((28, 28), depth=1, patch_size=14), "linear")
+    done = run_python("docs/EXPORT.md", 0, student=student)["done"]
+    adala.export(student, "student.pt2", size=448)
+    adala.export(student, "compiled.pt2", size=448, compiled=True)
+    assert done.agreement.worst_cosine > 0.9999
+    of_onnx, of_torch = run_python("docs/EXPORT.md", 1)["features"], run_python("docs/EXPORT.md", 2)
+    assert of_onnx.shape == (3, 1 + 32 * 32, 32)
+    compiled = of_torch["compiled"](torch.zeros(3, 3, 448, 448))
+    for features in (of_torch["features"], compiled):
+        assert torch.allclose(features, torch.from_numpy(of_onnx), atol=1e-4)
+
+
+def test_the_page_on_exports_has_every_form() -> None:
+    assert [row[0] for row in table(PAGES["docs/EXPORT.md"], "form")] == list(ENDINGS)
+    for command in re.findall(r"python -m adala\.export (.*?)(?:  #.*)?$", PAGES["docs/EXPORT.md"], flags=re.MULTILINE):
+        build_export_parser().parse_args(shlex.split(command))
 
 
 def test_the_python_of_the_page_on_tasks_runs(runs: Path) -> None:

@@ -11,7 +11,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # From the top down. A module may import what stands in a lower layer; files of one package may import each other.
 LAYERS: list[set[str]] = [
     {"launchers", "bench"},
-    {"adala.pipeline", "adala.evaluate", "adala.memory"},
+    {"adala.pipeline", "adala.evaluation_run", "adala.memory"},
     {"adala.comparison"},
     {"adala.feature_rows"},
     {"adala.contenders"},
@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
         "adala.lineage",
         "adala.sources",
         "adala.huggingface",
+        "adala.notebook",
     },
     {"adala.checkpoint", "adala.export"},
     {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},

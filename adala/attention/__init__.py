@@ -6,11 +6,11 @@ from adala.attention.base import (
     NoOptions,
     TokenMixer,
 )
-from adala.attention.kernels import set_kernel
+from adala.attention.kernels import chosen_kernel, set_kernel
 from adala.attention.layout import TokenLayout, layout_of_image
 from adala.attention.lora import LoraLinear, insert_lora, merge_lora
 from adala.attention.precision import accumulation_dtype, full_precision
-from adala.attention.registry import build_mixer, mechanism_names, resolve_mechanism
+from adala.attention.registry import build_mixer, mechanism_name, mechanism_names, resolve_mechanism
 
 __all__ = [
     "AttentionShape",
@@ -21,9 +21,11 @@ __all__ = [
     "TokenMixer",
     "accumulation_dtype",
     "build_mixer",
+    "chosen_kernel",
     "full_precision",
     "insert_lora",
     "layout_of_image",
+    "mechanism_name",
     "mechanism_names",
     "merge_lora",
     "resolve_mechanism",

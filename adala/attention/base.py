@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from adala.attention.absent import OF_SOFTMAX, OfSoftmax
 from adala.attention.layout import TokenLayout, layout_of_tokens
 
 
@@ -133,7 +134,8 @@ class AttentionShell(nn.Module):
 
     Holds the very submodules of the timm attention it replaces (``qkv``, ``q_norm``, ``k_norm``, ``norm``, ``gate``,
     ``proj``), so that a teacher's state dict loads unchanged; the mechanism's own parameters lie under
-    ``token_mixer``.
+    ``token_mixer``. Of what timm computes softmax with (``fused_attn``, ``scale``, ``attn_drop``), it has things that
+    refuse to be used: see :class:`adala.attention.absent.OfSoftmax`.
     """
 
     def __init__(self, attention: nn.Module, token_mixer: TokenMixer):
@@ -149,6 +151,8 @@ class AttentionShell(nn.Module):
         self.gate = getattr(attention, "gate", None)
         self.proj = attention.proj
         self.proj_drop = attention.proj_drop
+        for name in OF_SOFTMAX:
+            setattr(self, name, OfSoftmax(name))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of ``x`` (B, N, D), each (B, H, N, d), normalised where the model does."""

@@ -22,6 +22,12 @@ def mechanism_names() -> list[str]:
     return list(_targets())
 
 
+def mechanism_name(mixer: TokenMixer) -> str:
+    """The name that a mixer's mechanism goes by; its class's where it has none."""
+    target = f"{type(mixer).__module__}:{type(mixer).__qualname__}"
+    return next((name for name, known in _targets().items() if known == target), type(mixer).__qualname__)
+
+
 def resolve_mechanism(name: str) -> type[TokenMixer]:
     """The token mixer class of a mechanism.
 

@@ -178,7 +178,8 @@ class PmtHead(nn.Module):
             s is 4 for patches of 16 and 2 for less; ``auxiliary``, the same before each block, in training mode,
             else empty.
         """
-        queries = self.queries.expand(len(features), -1, -1)
+        # Not len(features), which torch.export would take for a constant.
+        queries = self.queries.expand(features.shape[0], -1, -1)
         x = torch.cat([queries, self.input_norm(features)], dim=1)
         auxiliary = []
         for block in self.blocks:

@@ -1,5 +1,7 @@
 """Which of its forms linear attention is computed in: a fused kernel, or plain tensor operations."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +26,21 @@ def set_kernel(kernel: Kernel) -> None:
     if kernel not in get_args(Kernel):
         raise ValueError(f"unknown kernel {kernel!r}: known are {', '.join(get_args(Kernel))}")
     _chosen = kernel
+
+
+@contextmanager
+def chosen_kernel(kernel: Kernel) -> Iterator[None]:
+    """A context in which ``kernel`` is chosen for this process; what was chosen before holds again afterwards.
+
+    Raises:
+        ValueError: See :func:`set_kernel`.
+    """
+    before = _chosen
+    set_kernel(kernel)
+    try:
+        yield
+    finally:
+        set_kernel(before)
 
 
 def uses_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
