@@ -13,7 +13,6 @@ from adala.students import linearize
 
 _LAZY = {
     "align": "adala.notebook",
-    "evaluate": "adala.notebook",
     "load_teacher": "adala.backbones",
     "load_student": "adala.export",
     "load_task_model": "adala.export",
@@ -21,13 +20,16 @@ _LAZY = {
     "mechanism_names": "adala.attention",
 }
 
-__all__ = ["export", "linearize", *_LAZY]
+# Modules that can be called.
+_VERBS = ("evaluate", "export")
+
+__all__ = [*_VERBS, "linearize", *_LAZY]
 
 
 def __getattr__(name: str) -> object:
     # Lazily: a mechanism's package imports adala.attention, and need not pay for all the rest.
-    if name == "export":
-        return importlib.import_module("adala.export")  # a module that can be called
+    if name in _VERBS:
+        return importlib.import_module(f"adala.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'adala' has no attribute {name!r}")

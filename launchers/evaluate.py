@@ -14,8 +14,8 @@ from adala.commands import run_command
 
 def main(arguments: list[str]) -> int:
     def prepare() -> tuple[Path, Callable[[], None]]:
+        from adala.evaluate import output_folder, run_evaluation
         from adala.evaluation_command import parse_evaluation
-        from adala.evaluation_run import output_folder, run_evaluation
 
         command = parse_evaluation(arguments)
         return output_folder(command), partial(run_evaluation, command)

@@ -11,7 +11,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # From the top down. A module may import what stands in a lower layer; files of one package may import each other.
 LAYERS: list[set[str]] = [
     {"launchers", "bench"},
-    {"adala.pipeline", "adala.evaluation_run", "adala.memory"},
+    {"adala.pipeline", "adala.evaluate", "adala.memory"},
     {"adala.comparison"},
     {"adala.feature_rows"},
     {"adala.contenders"},
@@ -35,7 +35,15 @@ LAYERS: list[set[str]] = [
     {"adala.evaluation_command"},
     {"adala.attention", "adala.protocol", "adala.commands"},
     {"adala.config", "adala.failures", "adala.weights", "adala.weight_names", "adala.machine"},
-    {"adala.rules", "adala.distributed", "adala.files", "adala.plugins", "adala.compilation", "adala.activations"},
+    {
+        "adala.rules",
+        "adala.distributed",
+        "adala.files",
+        "adala.plugins",
+        "adala.compilation",
+        "adala.activations",
+        "adala.verbs",
+    },
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
 

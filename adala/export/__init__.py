@@ -4,13 +4,8 @@
     adala.export(student, "student.onnx", size=448)             # other programs' forms, see ``portable``
     python -m adala.export runs/mine/stage2 --to onnx           # the same on the command line, see ``command``
 
-The package is itself what is called by the name ``adala.export``: an import puts a module in the place of any function
-of its name, so that the module has to be the function.
+The package is itself what is called by the name ``adala.export``, see :mod:`adala.verbs`.
 """
-
-import sys
-from types import ModuleType
-from typing import Any
 
 from adala.export.folder import (
     DESCRIPTION,
@@ -25,6 +20,7 @@ from adala.export.folder import (
     read_description,
     save_student,
 )
+from adala.verbs import call_module
 
 __all__ = [
     "DESCRIPTION",
@@ -41,13 +37,4 @@ __all__ = [
 ]
 
 
-class _CallableModule(ModuleType):
-    def __call__(self, model: Any, path: Any, **options: Any) -> Any:
-        """:func:`adala.export.portable.export_model`."""
-        # Imported here: whoever loads a student need not pay for it.
-        from adala.export.portable import export_model
-
-        return export_model(model, path, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+call_module(__name__, "adala.export.portable:export_model")

@@ -17,14 +17,14 @@ from PIL import Image
 from tiny_run import read_tiny_val, write_tiny_recipe, write_tiny_shards
 from tiny_scenes import write_scene_recipe
 
-from adala import evaluation_run as evaluation
+import adala.evaluate as evaluation
 from adala import load_task_model
 from adala.config import load_recipe
 from adala.contenders import build_teacher_contender, linearize_contender
 from adala.data import write_shards
+from adala.evaluate import name_rows, output_folder, run_evaluation
 from adala.evaluation_command import parse_evaluation, split_protocol_keys
 from adala.evaluation_pictures import mask_pictures, pca_pictures
-from adala.evaluation_run import name_rows, output_folder, run_evaluation
 from adala.export import save_student
 from adala.plan import resolve_run
 from adala.tasks import describe_task, read_task

@@ -17,8 +17,8 @@ from adala import commands
 from adala.config import load_recipe
 from adala.contenders import build_teacher_contender, linearize_contender
 from adala.data import write_shards
+from adala.evaluate import run_evaluation
 from adala.evaluation_command import parse_evaluation
-from adala.evaluation_run import run_evaluation
 from adala.export import save_student
 from adala.plan import resolve_run
 from adala.tasks import describe_task, read_task

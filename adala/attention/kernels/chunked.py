@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Elements of a buffer, 1 MiB. On two cores with 1 MiB of second-level and 32 MiB of third-level cache 2^19 was faster by
-# 3 to 9 % at 1,025 tokens, and took more memory than fused softmax at 512 px; below 2^18 calls cost more than they save.
+# Elements of a buffer, 1 MiB. On two cores with 1 MiB of second-level and 32 MiB of third-level cache 2^19 was 3 to 9 %
+# faster at 1,025 tokens, and took more memory than fused softmax at 512 px; below 2^18 calls cost more than they save.
 CHUNK_ELEMENTS = 2**18
 LOG2_E = math.log2(math.e)
 

@@ -1,4 +1,7 @@
-"""The evaluation command: from a command line to a table, a document and pictures."""
+"""The evaluation command: from a command line to a table, a document and pictures.
+
+Called, the module is :func:`adala.notebook.evaluate`, see :mod:`adala.verbs`.
+"""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -39,6 +42,9 @@ from adala.plan import RunPlan, index_digest, resolve_run, run_folder
 from adala.protocol import describe
 from adala.students import token_layout
 from adala.tasks import describe_task
+from adala.verbs import call_module
+
+call_module(__name__, "adala.notebook:evaluate")
 
 # Held-out images in each picture.
 SHOWN = 4
