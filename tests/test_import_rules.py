@@ -24,7 +24,6 @@ LAYERS: list[set[str]] = [
         "adala.evaluation_pictures",
         "adala.lineage",
         "adala.sources",
-        "adala.huggingface",
         "adala.notebook",
     },
     {"adala.checkpoint", "adala.export"},

@@ -17,6 +17,8 @@ from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
 
 # Below it, an export is refused: rounding in another order costs a hundred times less.
 LEAST_COSINE = 0.9999
+# Of the largest norm among tokens: a hundred roundings of float32.
+NEGLIGIBLE = 1e-5
 
 Model = Callable[[Tensor], Tensor]
 
@@ -80,9 +82,11 @@ def compare(exported: Model, expected: Model, images: Tensor, batch_sizes: Seque
 def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
     """Of each token (B, N, D), image (B, K) or pixel (B, K, H, W)."""
     dim = 1 if ours.ndim == 4 else -1
-    norms = ours.norm(dim=dim) * theirs.norm(dim=dim)
-    # Zero beside zero is no disagreement, zero beside anything else is a full one.
-    both_zero = (ours.norm(dim=dim) == 0) & (theirs.norm(dim=dim) == 0)
+    our_norms, their_norms = ours.norm(dim=dim), theirs.norm(dim=dim)
+    norms = our_norms * their_norms
+    # Zero beside zero is no disagreement, zero beside anything else is a full one. What is zero but for the rounding of
+    # the largest has no direction: scores of a pixel that no mask covers.
+    both_zero = torch.maximum(our_norms, their_norms) <= NEGLIGIBLE * their_norms.max()
     cosine = (ours * theirs).sum(dim=dim) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
     return torch.where(both_zero, torch.ones_like(cosine), cosine)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adala.export.folder import read_description
-from adala.export.portable import ENDINGS, export_model
+from adala.export.portable import ENDINGS, FOLDERS, export_model
 
 
 def build_export_parser() -> argparse.ArgumentParser:
@@ -21,8 +21,9 @@ def build_export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=int, nargs="+", metavar="PIXELS", help="height and width, or both in one (the student's own)"
     )
-    parser.add_argument("--out", type=Path, help="where it goes (FOLDER/student-HxW.onnx, .pt2, or FOLDER/timm-HxW)")
+    parser.add_argument("--out", type=Path, help="where it goes (FOLDER/student-HxW.onnx, .pt2, or FOLDER/FORM-HxW)")
     parser.add_argument("--batch", default="dynamic", help="images at once: a number, or dynamic for any (dynamic)")
+    parser.add_argument("--licence", default="other", help="of hf: of the weights, for the model card (other)")
     parser.add_argument("--compile", action="store_true", help="of torch: compiled ahead of time, by AOTInductor")
     parser.add_argument(
         "--images", type=Path, nargs="+", metavar="PATH", help="images to compare on (those that travel in the package)"
@@ -51,9 +52,10 @@ def run_export(arguments: Sequence[str]) -> None:
         batch=batch,
         compiled=options.compile,
         images=options.images,
+        licence=options.licence,
     )
     print(f"wrote {done}")
 
 
 def _default_name(form: str, height: int, width: int) -> str:
-    return f"{'timm' if form == 'timm' else 'student'}-{height}x{width}{ENDINGS[form]}"
+    return f"{form if form in FOLDERS else 'student'}-{height}x{width}{ENDINGS[form]}"

@@ -4,6 +4,8 @@ Shapes: B batch, N tokens, D embed dim, H, W height and width of an image in pix
 """
 
 import copy
+import dataclasses
+import importlib.util
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +27,10 @@ from adala.export.timm_form import check_softmax, run_timm, write_timm
 from adala.export.torch_form import check_compiler, run_torch, write_torch
 from adala.files import remove_tree, sync_folder
 
-Form = Literal["onnx", "torch", "timm"]
-ENDINGS: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "timm": ""}
+Form = Literal["onnx", "torch", "timm", "hf"]
+ENDINGS: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "hf": ""}
+# Folders, of a model without its head.
+FOLDERS = ("timm", "hf")
 # A traced batch of 1 would be taken for a constant.
 TRACED_BATCH = 2
 COMPARED_BATCHES = (TRACED_BATCH, 1, 3)
@@ -63,6 +67,7 @@ class _Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     description: StudentDescription | None = None
+    folder: Path | None = None
 
     @property
     def backbone(self) -> VisionTransformer:
@@ -85,6 +90,7 @@ def export_model(
     images: Iterable[str | Path] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    licence: str = "other",
 ) -> Exported:
     """Writes a model for use elsewhere, in float32 and for one image size.
 
@@ -93,17 +99,19 @@ def export_model(
 
     Args:
         model: A student, a student with its head (:class:`TaskModel`), a timm ViT, or the folder of an exported
-            student, whose head comes along where it has one (not to timm).
-        path: What is written: a file for ONNX and torch, a new folder for timm.
+            student, whose head comes along where it has one (not to timm or Hugging Face).
+        path: What is written: a file for ONNX and torch, a new folder for timm and Hugging Face.
         to: ``onnx``; ``torch``, a program of torch.export; ``timm``, weights and ``config.json`` of a model whose
-            attention is softmax throughout. None goes by the ending of ``path``: ``.onnx``, ``.pt2``, or none.
+            attention is softmax throughout; ``hf``, a model of transformers, of a student's folder. None goes by the
+            ending of ``path``: ``.onnx``, ``.pt2``, or none for timm.
         size: Height and width of the images in pixels, or the one that is both; position embeddings are resampled to it
             once. None is the model's own.
-        batch: How many images at once; ``dynamic`` is any number. Not for timm, where it always is.
+        batch: How many images at once; ``dynamic`` is any number, which it always is for timm and Hugging Face.
         compiled: To torch alone: compiled ahead of time (AOTInductor), for the device that the weights are on.
         images: Files of images to compare on, or folders of them; None takes those that travel in the package.
         mean: Per-channel mean of the input, in [0, 1]; None is the exported student's, or what timm says of the model.
         std: Per-channel standard deviation of the input, likewise.
+        licence: To Hugging Face alone: of the weights, as the hub calls it, for the model card.
 
     Raises:
         ValueError: A model, form, size or batch that cannot be; a package or compiler that is missing; a mechanism with
@@ -123,7 +131,10 @@ def export_model(
         # Before anything is traced: what is computed once and kept (cosFormer's angles) must not be a tracer's.
         output = "features" if expected(shown[:1]).ndim == 3 else "scores"
     with _in_place_when_done(path) as partial_path:
-        run = _write(form, source, expected, image_size, partial_path, output, batch, compiled)
+        if form == "hf":
+            run = _write_hugging_face(source, expected, image_size, partial_path, licence)
+        else:
+            run = _write(form, source, expected, image_size, partial_path, output, batch, compiled)
         agreement = compare(run, expected, shown, sizes)
     return Exported(path, form, image_size, output, agreement)
 
@@ -147,14 +158,16 @@ def _check(form: Form, path: Path, batch: int | str, compiled: bool) -> None:
         raise ValueError(f"batch is {batch!r}: it must be a whole number of at least 1, or 'dynamic'")
     if compiled and form != "torch":
         raise ValueError(f"only a program of torch can be compiled ahead of time, not {form}: take --to torch")
-    if form == "timm" and path.exists():
+    if form in FOLDERS and path.exists():
         raise ValueError(f"{path} exists already: name a folder that does not, or remove it")
-    if form != "timm" and path.is_dir():
+    if form not in FOLDERS and path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
     if form == "torch" and path.suffix != ENDINGS["torch"]:
         raise ValueError(f"{path} must end in .pt2, by which torch knows its programs")
     if form == "onnx":
         check_packages()
+    if form == "hf" and importlib.util.find_spec("transformers") is None:
+        raise ValueError("--to hf needs transformers, which is not installed: pip install 'adala[hf]'")
     if compiled:
         check_compiler()
 
@@ -164,9 +177,12 @@ def _source(
 ) -> _Source:
     if isinstance(model, str | Path):
         described = read_description(model)
-        has_head = described.task is not None and form != "timm"
+        has_head = described.task is not None and form not in FOLDERS
         loaded = (load_task_model if has_head else load_student)(model)
-        return _Source(loaded, tuple(mean or described.mean), tuple(std or described.std), described)
+        own = (tuple(mean or described.mean), tuple(std or described.std))
+        return _Source(loaded, *own, described, Path(model).expanduser())
+    if form == "hf":
+        raise ValueError("to hf goes the folder of an exported student, which says what it is built from: name that")
     said = getattr(_backbone(model), "pretrained_cfg", None) or {}
     return _Source(
         model.student if form == "timm" and isinstance(model, TaskModel) else model,
@@ -228,6 +244,18 @@ def _write(
     notes = {"image_size": image_size, "mean": source.mean, "std": source.std, "mechanism": source.mechanism}
     write_onnx(program, path, output, batch == "dynamic", source.mechanism, notes)
     return run_onnx(path, source.mechanism)
+
+
+def _write_hugging_face(
+    source: _Source, expected: nn.Module, image_size: tuple[int, int], path: Path, licence: str
+) -> Model:
+    # Imported here: transformers is an extra.
+    from adala.export.huggingface import measured_by, run_hugging_face, write_hugging_face
+
+    images = {"image_size": list(image_size), "mean": list(source.mean), "std": list(source.std)}
+    description = dataclasses.replace(source.description, **images)
+    write_hugging_face(expected, description, path, licence, measured=measured_by(source.folder))
+    return run_hugging_face(path)
 
 
 def _trace(

@@ -67,3 +67,12 @@ def test_zero_agrees_with_zero_alone() -> None:
     assert compare(nothing, nothing, IMAGES, (1,)).worst_cosine == 1
     with pytest.raises(ValueError, match="refused"):
         compare(nothing, tokens, IMAGES, (1,))
+
+
+def test_what_is_lost_in_the_rounding_of_others_has_no_direction() -> None:
+    def faint(sign: float) -> Callable[[Tensor], Tensor]:
+        return lambda images: torch.tensor([[100.0, 0.0], [0.0, sign]]).expand(len(images), 2, 2)
+
+    assert compare(faint(9e-4), faint(-9e-4), IMAGES, (1,)).worst_cosine == 1
+    with pytest.raises(ValueError, match="refused"):
+        compare(faint(2e-3), faint(-2e-3), IMAGES, (1,))

@@ -100,4 +100,4 @@ def test_a_folder_without_a_student_is_called_what_it_is(tmp_path: Path, capsys)
 
 def test_the_module_runs_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "adala.export", "--help"], capture_output=True, text=True, check=True)
-    assert "--to {onnx,torch,timm}" in done.stdout and not done.stderr
+    assert "--to {onnx,torch,timm,hf}" in done.stdout and not done.stderr

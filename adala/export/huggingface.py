@@ -1,6 +1,6 @@
 """Students as models of Hugging Face's transformers: a folder that AutoModel and AutoBackbone load.
 
-    write_hugging_face("runs/mine/stage2", "my-student")                          # config, weights, model card
+    python -m adala.export runs/mine/stage2 --to hf --out my-student        # config, weights, model card
     AdalaBackbone.from_pretrained("my-student", out_features=["stage6", "stage12"])   # under DPT, UperNet, Mask2Former
 
 Importing this module registers the classes with AutoConfig, AutoModel and AutoBackbone; the folder has a file that does
@@ -12,6 +12,7 @@ Shapes: B batch, N tokens, D embed dim, h, w rows and columns of patches.
 
 import dataclasses
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,20 @@ from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 
 from adala.backbones import build_backbone
-from adala.export import StudentDescription, load_student, read_description
+from adala.export.agreement import Model
+from adala.export.folder import StudentDescription
 from adala.files import write_json
 from adala.students import LinearizedVisionTransformer, linearize
 
 MODEL_TYPE = "adala"
+WEIGHTS = "model.safetensors"
 REMOTE_CODE = "modeling_adala.py"
 # Written into the folder. Names in a try statement are not asked for by transformers, whose sentence would not name
 # the extra.
 REMOTE_SOURCE = '''"""The classes of this model are in the package AdaLA."""
 
 try:
-    from adala.huggingface import AdalaBackbone, AdalaConfig, AdalaModel
+    from adala.export.huggingface import AdalaBackbone, AdalaConfig, AdalaModel
 except ImportError as error:
     raise ImportError("this model is a student of AdaLA, which is not installed: pip install 'adala[hf]'") from error
 '''
@@ -84,7 +87,7 @@ class AdalaConfig(BackboneConfigMixin, PretrainedConfig):
     def description(self) -> StudentDescription:
         """Raises ValueError where the configuration says nothing of a student."""
         if self.student is None:
-            raise ValueError("AdalaConfig: student is missing; adala.huggingface.write_hugging_face writes it")
+            raise ValueError("AdalaConfig: student is missing; python -m adala.export --to hf writes it")
         return StudentDescription(**self.student)
 
 
@@ -223,36 +226,47 @@ AutoModel.register(AdalaConfig, AdalaModel, exist_ok=True)
 AutoBackbone.register(AdalaConfig, AdalaBackbone, exist_ok=True)
 
 
-def write_hugging_face(folder: str | Path, out: str | Path, licence: str = "other", title: str | None = None) -> None:
-    """Writes the student in ``folder`` as a folder that transformers loads.
+def write_hugging_face(
+    student: nn.Module,
+    description: StudentDescription,
+    out: Path,
+    licence: str = "other",
+    title: str | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> None:
+    """Writes a student as a folder that transformers loads.
 
     ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` (mean, deviation and size of images), a file
-    for ``trust_remote_code``, and a model card, README.md, with what the stage measured.
+    for ``trust_remote_code``, and a model card, README.md.
 
     Args:
-        folder: An exported student's; a head stays behind.
+        student: At the description's image size.
+        description: Of the student; its task stays behind.
         out: Made, with what lies above it.
         licence: Of the weights, as the hub calls it; ``other`` says nothing, which is all that is known here.
         title: Of the model card; the name of ``out`` by default.
-
-    Raises:
-        ValueError: No student there, or ``out`` exists and holds something.
+        measured: What is known of its quality, by name.
     """
-    folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already: name another folder, or remove it")
-    description = dataclasses.replace(read_description(folder), task=None)
-    student = load_student(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
+    description = dataclasses.replace(description, task=None)
     tensors = {f"student.{name}": tensor.contiguous() for name, tensor in student.state_dict().items()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     (out / REMOTE_CODE).write_text(REMOTE_SOURCE, encoding="utf-8")
     write_json(out / "preprocessor_config.json", _image_processor(description))
-    (out / "README.md").write_text(_card(title or out.name, licence, description, _measured(folder)), encoding="utf-8")
+    card = _card(title or out.name, licence, description, measured or {})
+    (out / "README.md").write_text(card, encoding="utf-8")
     config = AdalaConfig(student=dataclasses.asdict(description))
     config.architectures = ["AdalaModel"]
     config.auto_map = {auto: f"{Path(REMOTE_CODE).stem}.{name}" for auto, name in AUTO_CLASSES.items()}
     config.save_pretrained(out)
+    # safetensors writes files that only their owner may read.
+    (out / WEIGHTS).chmod(stat.S_IMODE((out / "config.json").stat().st_mode))
+
+
+def run_hugging_face(folder: Path) -> Model:
+    """What transformers makes of the folder, as a function from images to features."""
+    model = AutoModel.from_pretrained(str(folder)).eval()
+    return lambda images: model(images).last_hidden_state
 
 
 def _image_processor(description: StudentDescription) -> dict[str, Any]:
@@ -270,8 +284,8 @@ def _image_processor(description: StudentDescription) -> dict[str, Any]:
     }
 
 
-def _measured(folder: Path) -> dict[str, float]:
-    """What its stage measured on held-out images, where the folder is a stage's."""
+def measured_by(folder: Path) -> dict[str, float]:
+    """What its stage measured on held-out images, where the folder of a student is a stage's."""
     record = folder / "finished.json"
     return json.loads(record.read_text(encoding="utf-8")).get("metrics", {}) if record.is_file() else {}
 
@@ -303,7 +317,7 @@ from transformers import AutoBackbone, AutoModel  # pip install 'adala[hf]'
 model = AutoModel.from_pretrained("{title}", trust_remote_code=True)
 backbone = AutoBackbone.from_pretrained("{title}", trust_remote_code=True, out_indices=[3, 6, 9, 12])
 # of a folder on this machine:
-# from adala.huggingface import AdalaBackbone
+# from adala.export.huggingface import AdalaBackbone
 # backbone = AdalaBackbone.from_pretrained("{title}", out_indices=[3, 6, 9, 12])
 ```
 """

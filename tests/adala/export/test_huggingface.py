@@ -11,8 +11,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import adala
 from adala.export import StudentDescription, load_student, save_student
-from adala.huggingface import AdalaBackbone, AdalaConfig, AdalaModel, write_hugging_face
+from adala.export.huggingface import AdalaBackbone, AdalaConfig, AdalaModel
 from adala.students import linearize
 
 SIZE = (32, 32)
@@ -40,7 +41,8 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (student_folder / "finished.json").write_text(json.dumps({"metrics": {"patch_cosine": 0.9876543}}))
     out = tmp_path_factory.mktemp("hub") / "my-student"
-    write_hugging_face(student_folder, out, licence="apache-2.0")
+    done = adala.export(student_folder, out, to="hf", licence="apache-2.0")
+    assert done.agreement.worst_cosine > 0.9999 and done.output == "features"
     return out
 
 
@@ -134,7 +136,7 @@ def test_it_is_a_backbone_of_transformers_models(folder: Path, head: str) -> Non
 def test_tables_that_are_computed_and_not_saved_survive(tmp_path: Path) -> None:
     """transformers fills models on the meta device with what is in the file, and leaves the rest to them."""
     folder = export_student(tmp_path / "student", "cosformer")
-    write_hugging_face(folder, tmp_path / "hub")
+    adala.export(folder, tmp_path / "hub", to="hf")
     student = load_student(folder)
     computed = {name: buffer.clone() for name, buffer in student.named_buffers()}
     model = AdalaModel.from_pretrained(str(tmp_path / "hub"))
@@ -182,22 +184,32 @@ def test_trust_remote_code_finds_the_classes(folder: Path) -> None:
         [sys.executable, "-c", program.format(block="")], capture_output=True, text=True, env=environment
     )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.strip().splitlines()[-1] == "adala.huggingface"
+    assert found.stdout.strip().splitlines()[-1] == "adala.export.huggingface"
     missing = subprocess.run(
-        [sys.executable, "-c", program.format(block="sys.modules['adala.huggingface'] = None; ")],
+        [sys.executable, "-c", program.format(block="sys.modules['adala.export.huggingface'] = None; ")],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert missing.returncode != 0 and "pip install 'adala[hf]'" in missing.stderr
 
 
 def test_nothing_is_written_over(folder: Path, student_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="exists already: name another folder"):
-        write_hugging_face(student_folder, folder)
+    with pytest.raises(ValueError, match="exists already: name a folder"):
+        adala.export(student_folder, folder, to="hf")
     with pytest.raises(ValueError, match="holds no exported student"):
-        write_hugging_face(tmp_path, tmp_path / "out")
+        adala.export(tmp_path, tmp_path / "out", to="hf")
+    with pytest.raises(ValueError, match="to hf goes the folder of an exported student"):
+        adala.export(load_student(student_folder), tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_configuration_without_a_student_says_so() -> None:
     with pytest.raises(ValueError, match="AdalaConfig: student is missing"):
         AdalaModel(AdalaConfig())
+
+
+def test_another_size_is_the_models_own_from_then_on(student_folder: Path, tmp_path: Path) -> None:
+    done = adala.export(student_folder, tmp_path / "hub", to="hf", size=(24, 40))
+    model = AdalaModel.from_pretrained(str(tmp_path / "hub"))
+    assert model.config.image_size == [24, 40] and done.image_size == (24, 40)
+    assert tuple(model.student.patch_embed.grid_size) == (6, 10)
+    assert json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())["size"]["width"] == 40
