@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adala.attention import AttentionShell, TokenLayout
 from adala.compilation import CompiledModules
+from adala.families import Backbone
 from adala.losses import ALIGNMENT_LOSSES, CALIBRATED_LOSSES, Loss, attention_map_cross_entropy, mse
 from adala.stages.base import Stage
-from adala.students import LinearizedVisionTransformer, linearized_blocks
+from adala.students import LinearizedModel, linearized_blocks
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class AttentionAlignment(Stage):
 
     def __init__(
         self,
-        student: LinearizedVisionTransformer,
-        teacher: VisionTransformer,
+        student: LinearizedModel,
+        teacher: Backbone,
         loss: str = "normalized_mse",
         release_activations: bool = True,
     ):
@@ -207,7 +207,7 @@ class _ReleasedGradients(torch.autograd.Function):
 
 @contextmanager
 def _watch_attention(
-    teacher: VisionTransformer, blocks: Mapping[int, Any], compare: Callable[[int, nn.Module, Tensor, Tensor], None]
+    teacher: Backbone, blocks: Mapping[int, Any], compare: Callable[[int, nn.Module, Tensor, Tensor], None]
 ) -> Iterator[None]:
     """Calls ``compare(block, attention, input, output)`` as the teacher passes each of ``blocks``."""
 

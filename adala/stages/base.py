@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import TokenMixer
 from adala.compilation import CompiledModules
 from adala.distributed import all_reduce_sum
+from adala.families import Backbone
 from adala.similarity import comparison_metrics, comparison_sums
-from adala.students import LinearizedVisionTransformer
+from adala.students import LinearizedModel
 
 
 class Stage(nn.Module):
@@ -27,7 +27,7 @@ class Stage(nn.Module):
         target_variance: Of each target that the loss compares with, where it needs that; see :meth:`calibrate`.
     """
 
-    def __init__(self, student: LinearizedVisionTransformer, teacher: VisionTransformer):
+    def __init__(self, student: LinearizedModel, teacher: Backbone):
         super().__init__()
         self.student = student
         self.target_variance: dict[str, float] = {}
@@ -109,7 +109,7 @@ class Stage(nn.Module):
             )
         return self.target_variance[target]
 
-    def images_for(self, model: VisionTransformer, batch: Mapping[str, Any]) -> Tensor:
+    def images_for(self, model: Backbone, batch: Mapping[str, Any]) -> Tensor:
         """The batch's images on the device and in the dtype of ``model``'s weights."""
         weight = model.patch_embed.proj.weight
         return batch["image"].to(weight.device, weight.dtype, non_blocking=True)
