@@ -189,7 +189,6 @@ def build_backbone(
         model = _build_pretrained(named, image_size)
     else:
         model = _build(named, image_size)
-    family_of(model).remove_head(model)
     if path is not None:
         load_checkpoint(model, path)
     return model
@@ -233,9 +232,11 @@ def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = Fals
         reason = f"{type(error).__name__}: {_in_one_line(error)}"
         raise ValueError(f"timm cannot build {named.architecture} with {asked} in model_args ({reason})") from error
     try:
-        family_of(model).check(model)
+        family = family_of(model)
+        family.check(model)
     except ValueError as error:
         raise ValueError(f"{named.architecture}: {error}") from error
+    family.make_backbone(model, image_size)
     check_image_size(model, image_size)
     return model
 
@@ -279,7 +280,7 @@ def read_checkpoint(model: Backbone, path: str | Path) -> dict[str, Tensor]:
     except (KeyError, RuntimeError, IndexError, AttributeError, ValueError, AssertionError) as error:
         raise ValueError(f"checkpoint {path} could not be read as a ViT's weights: {_in_one_line(error)}") from error
     if "norm.weight" not in state:
-        # As in Family.remove_head: the final norm of a model that pools before it.
+        # As in Family.make_backbone: the final norm of a model that pools before it.
         state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in state.items()}
     difference = find_difference(model, state, optional=HEAD_PREFIXES)
     if difference:

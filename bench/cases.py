@@ -147,9 +147,9 @@ def randomize(backbone: Backbone) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in backbone.named_parameters():
-        if name.endswith("attn.qkv.weight"):
+        if name.endswith(("attn.qkv.weight", "attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")):
             parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-        elif name.endswith(("ls1.gamma", "ls2.gamma")):
+        elif name.endswith(("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2")):
             parameter.fill_(1.0)
 
 

@@ -36,6 +36,7 @@ ENTRY_POINT_GROUP = "adala.families"
 # By the name of timm's class. The first is what a name of an unknown module is taken for.
 BUILT_IN = {
     "VisionTransformer": "adala.families.vision_transformer:VisionTransformerFamily",
+    "Eva": "adala.families.eva:EvaFamily",
 }
 
 

@@ -105,7 +105,7 @@ class Family:
     Attributes:
         model_class: timm's class. Only it itself is taken: a subclass may mean other tokens, another output or another
             attention (a convolutional stem, windows, differences of two maps, a shared projection).
-        backbone_class: What :meth:`remove_head` makes of it where that is another class.
+        backbone_class: What :meth:`make_backbone` makes of it where that is another class.
         student_class: :class:`LinearizedModel` and ``model_class``.
         modules: Modules of timm whose names are of this family, before a model is built.
         blocks: For each class of timm's blocks, that of a student's.
@@ -135,17 +135,25 @@ class Family:
         Raises:
             ValueError: Names the module that is in the way and what it is.
         """
-        if type(model.patch_embed) is not PatchEmbed:
-            raise ValueError(
-                f"patch_embed is a {type(model.patch_embed).__name__}; only timm's plain PatchEmbed, one convolution, "
-                "is supported"
-            )
+        self.check_patches(model)
         if not (model.patch_drop is None or isinstance(model.patch_drop, nn.Identity)):
             raise ValueError("patch_drop: models that drop patches are not supported; build it with patch_drop_rate=0")
         if len(model.blocks) == 0:
             raise ValueError("blocks: the model has none; build it with a depth of at least 1")
         for index, block in enumerate(model.blocks):
             self.check_block(f"blocks.{index}", block)
+
+    def check_patches(self, model: nn.Module) -> None:
+        """:meth:`check` of what makes patches of images.
+
+        Raises:
+            ValueError: See :meth:`check`.
+        """
+        if type(model.patch_embed) is not PatchEmbed:
+            raise ValueError(
+                f"patch_embed is a {type(model.patch_embed).__name__}; only timm's plain PatchEmbed, one convolution, "
+                "is supported"
+            )
 
     def check_block(self, name: str, block: nn.Module) -> None:
         """:meth:`check` of one block.
@@ -177,8 +185,13 @@ class Family:
         """
         return {"img_size": tuple(image_size), "dynamic_img_size": True}
 
-    def remove_head(self, model: nn.Module) -> None:
-        """Has ``model(images)`` give the final norm's output for all tokens, (B, N, D), from now on."""
+    def make_backbone(self, model: nn.Module, image_size: Sequence[int]) -> None:
+        """Has ``model(images)`` give the final norm's output for all tokens, (B, N, D), from now on.
+
+        Args:
+            model: As timm built it, for ``image_size``.
+            image_size: Height and width in pixels.
+        """
         if isinstance(model.norm, nn.Identity):
             # Models that are pooled before their final norm: here it comes at its usual place, for all tokens.
             model.norm = model.fc_norm
@@ -203,7 +216,7 @@ class Family:
         student.set_grad_checkpointing(checkpointing)
 
     def prepare_attention(self, attention: nn.Module) -> None:
-        """Has an attention that stays timm's call its submodules, so that ZeRO-3 and adapters see the calls."""
+        """Has an attention that stays timm's call its projections, which may have got adapters."""
 
     def wrap(
         self, attention: nn.Module, build: Callable[[AttentionShape], TokenMixer], layout: TokenLayout
