@@ -16,6 +16,7 @@ from adala.families.base import (
     token_layout,
     usual_layout,
 )
+from adala.families.refused import REFUSED, refuse_by_reason
 from adala.plugins import find_plugins, load_plugin
 
 __all__ = [
@@ -36,7 +37,9 @@ ENTRY_POINT_GROUP = "adala.families"
 # By the name of timm's class. The first is what a name of an unknown module is taken for.
 BUILT_IN = {
     "VisionTransformer": "adala.families.vision_transformer:VisionTransformerFamily",
+    "VisionTransformerDistilled": "adala.families.distilled:DistilledFamily",
     "Eva": "adala.families.eva:EvaFamily",
+    "NaFlexVit": "adala.families.naflex:NaFlexFamily",
 }
 
 
@@ -63,6 +66,7 @@ def family_of(model: nn.Module) -> Family:
     for family in families():
         if family.takes(model):
             return family
+    refuse_by_reason(type(model))
     for family in families():
         if isinstance(model, family.model_class):
             raise ValueError(
@@ -80,6 +84,12 @@ def family_of_name(name: str) -> Family:
 
     Args:
         name: Known to timm, with or without a tag.
+
+    Raises:
+        ValueError: Models of this name are refused for a reason of their own.
     """
     module = timm.models.model_entrypoint(split_model_name_tag(name)[0]).__module__.rpartition(".")[2]
+    for refused in REFUSED:
+        if module == refused.__module__.rpartition(".")[2]:
+            refuse_by_reason(refused, f"{name}: ")
     return next((family for family in families() if module in family.modules), families()[0])

@@ -17,7 +17,7 @@ from adala.optim import build_optimizer, freeze_except
 from adala.stages import AttentionAlignment, FeatureAlignment
 from adala.students import linearize, linearized_blocks
 
-CORE = ["dinov3", "eva02_inner_norm", "rope_mixed", "sapiens2"]
+CORE = ["dinov3", "eva02_inner_norm", "rope_mixed", "sapiens2", "distilled", "naflex"]
 SIZES = [(16, 16), (16, 32), (12, 8), (40, 24)]
 
 
