@@ -1,7 +1,6 @@
 """Pretrained timm ViTs as frozen softmax teachers that return the features of all tokens."""
 
 import difflib
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,16 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import split_model_name_tag
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
-from adala.students import check_divisible, check_supported
+from adala.families import Backbone, Family, check_divisible, families, family_of, family_of_name
+from adala.weight_names import original_names
 from adala.weights import find_difference, in_float32, read_weights
 
 # What a backbone that only gives features has no use for; a checkpoint may hold it all the same.
 HEAD_PREFIXES = (
     "head.", "head_dist.", "attn_pool.", "fc_norm.", "pre_logits.", "mask_token", "dino_head.", "ibot_head."
 )  # fmt: skip
-# Modules of timm whose models can be plain ViTs: where a mistyped name may have been meant to lead.
-FAMILIES = ("vision_transformer", "deit")
 # Set by this module or without meaning to a model that gives the features of all tokens.
 SET_ELSEWHERE = {
     "img_size": "the image size is set by data.image_size (image_size)",
@@ -33,10 +30,6 @@ SET_ELSEWHERE = {
     "num_classes": "a backbone has no classifier; classes are set by stage3.task.num_classes",
     "features_only": "a backbone always gives the features of all tokens",
 }
-# What else timm's constructor takes; not its factory's arguments, which go past it.
-CONSTRUCTOR_ARGUMENTS = [
-    name for name in inspect.signature(VisionTransformer).parameters if name not in (*SET_ELSEWHERE, "device", "dtype")
-]
 CONFIG = "config.json"
 # As timm writes them, and the older form.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -113,7 +106,8 @@ def _check_registered(name: str) -> None:
             f"{name!r} is no name of a model: with local-dir: before it, it is a folder, with hf-hub: one on the hub"
         )
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(module=FAMILIES), n=3)
+        modules = [module for family in families() for module in family.modules]
+        near = difflib.get_close_matches(base, timm.list_models(module=modules), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models('vit_*')"
         raise ValueError(f"timm knows no model {name!r}: {hint}")
     if tag:
@@ -170,7 +164,7 @@ def build_backbone(
     image_size: Sequence[int],
     model_args: Mapping[str, Any] | None = None,
     pretrained: bool = False,
-) -> VisionTransformer:
+) -> Backbone:
     """A timm ViT without its head: ``model(images)`` gives the final norm's output for all tokens, (B, N, D).
 
     Other image sizes than its own work too, non-square ones included: the position embedding is resampled. Models that
@@ -187,7 +181,7 @@ def build_backbone(
             not divide, or weights that cannot be had.
     """
     named = resolve_name(name, model_args)
-    _check_arguments(named.model_args)
+    _check_arguments(family_of_name(named.architecture), named.model_args)
     path = named.weights() if pretrained else None
     if pretrained and path is None:
         with torch.device("meta"):
@@ -196,23 +190,20 @@ def build_backbone(
         model = _build_pretrained(named, image_size)
     else:
         model = _build(named, image_size)
-    if not isinstance(model.fc_norm, nn.Identity):
-        # Models that are pooled before their final norm: here it comes at its usual place, for all tokens.
-        model.norm, model.fc_norm = model.fc_norm, nn.Identity()
-    model.reset_classifier(0, "")
     if path is not None:
         load_checkpoint(model, path)
     return model
 
 
-def _check_arguments(model_args: Mapping[str, Any]) -> None:
+def _check_arguments(family: Family, model_args: Mapping[str, Any]) -> None:
+    known = [name for name in family.constructor_arguments() if name not in (*SET_ELSEWHERE, "device", "dtype")]
     for key, value in model_args.items():
         if key in SET_ELSEWHERE:
             raise ValueError(f"model_args.{key} cannot be set: {SET_ELSEWHERE[key]}")
-        if key not in CONSTRUCTOR_ARGUMENTS:
-            near = difflib.get_close_matches(str(key), CONSTRUCTOR_ARGUMENTS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(CONSTRUCTOR_ARGUMENTS)}"
-            raise ValueError(f"model_args.{key} is no argument of timm's VisionTransformer: {hint}")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+            raise ValueError(f"model_args.{key} is no argument of timm's {family.name}: {hint}")
         if value is None:  # timm takes its own
             continue
         if key == "in_chans" and value != 3:
@@ -226,8 +217,8 @@ def _check_arguments(model_args: Mapping[str, Any]) -> None:
             raise ValueError(f"model_args.{key} is {value!r}: it must be a number of at least 0 and below 1")
 
 
-def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = False) -> VisionTransformer:
-    own = {"img_size": tuple(image_size), "dynamic_img_size": True}
+def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = False) -> Backbone:
+    own = family_of_name(named.architecture).build_arguments(image_size)
     try:
         model = timm.create_model(named.architecture, pretrained=pretrained, **own, **named.model_args)
     except BUILD_ERRORS as error:
@@ -237,19 +228,21 @@ def _build(named: NamedModel, image_size: Sequence[int], pretrained: bool = Fals
         if unknown:
             raise ValueError(f"{named.architecture} is not a plain timm ViT: it takes no {unknown[1]}") from error
         asked = ", ".join(
-            f"{key}={value!r}" for key, value in {"img_size": own["img_size"], **named.model_args}.items()
+            f"{key}={value!r}" for key, value in {"img_size": tuple(image_size), **named.model_args}.items()
         )
         reason = f"{type(error).__name__}: {_in_one_line(error)}"
         raise ValueError(f"timm cannot build {named.architecture} with {asked} in model_args ({reason})") from error
     try:
-        check_supported(model)
+        family = family_of(model)
+        family.check(model)
     except ValueError as error:
         raise ValueError(f"{named.architecture}: {error}") from error
+    family.make_backbone(model, image_size)
     check_image_size(model, image_size)
     return model
 
 
-def _build_pretrained(named: NamedModel, image_size: Sequence[int]) -> VisionTransformer:
+def _build_pretrained(named: NamedModel, image_size: Sequence[int]) -> Backbone:
     """With the weights that timm itself knows of. Whatever network, hub and files raise becomes one sentence."""
     try:
         return _build(named, image_size, pretrained=True)
@@ -264,16 +257,16 @@ def _build_pretrained(named: NamedModel, image_size: Sequence[int]) -> VisionTra
         ) from error
 
 
-def check_image_size(model: VisionTransformer, image_size: Sequence[int]) -> None:
+def check_image_size(model: Backbone, image_size: Sequence[int]) -> None:
     """Refuses an image size (height, width) that the patch size does not divide, with a ValueError."""
     check_divisible(image_size, model.patch_embed.patch_size)
 
 
-def read_checkpoint(model: VisionTransformer, path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(model: Backbone, path: str | Path) -> dict[str, Tensor]:
     """Local weights in float32 under the names of ``model``, which may lie on the meta device.
 
-    They may have timm's, DINOv2's or OpenAI CLIP's names, and lie inside a training checkpoint; position embeddings
-    are resampled to fit.
+    They may have timm's names, those that its family knows besides (DINOv2's, DINOv3's, OpenAI CLIP's, say) or those of
+    Hugging Face's models, and lie inside a training checkpoint; position embeddings are resampled to fit.
 
     Raises:
         ValueError: No such file, one that holds no weights, weights of another architecture or such that are not
@@ -282,13 +275,13 @@ def read_checkpoint(model: VisionTransformer, path: str | Path) -> dict[str, Ten
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"checkpoint {path} does not exist")
-    tensors = read_weights(path)
+    tensors, family = original_names(read_weights(path)), family_of(model)
     try:
-        state = checkpoint_filter_fn(tensors, model)
+        state = family.read_state(tensors, model)
     except (KeyError, RuntimeError, IndexError, AttributeError, ValueError, AssertionError) as error:
         raise ValueError(f"checkpoint {path} could not be read as a ViT's weights: {_in_one_line(error)}") from error
     if "norm.weight" not in state:
-        # As in build_backbone: the final norm of a model that pools before it.
+        # As in Family.make_backbone: the final norm of a model that pools before it.
         state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in state.items()}
     difference = find_difference(model, state, optional=HEAD_PREFIXES)
     if difference:
@@ -297,7 +290,7 @@ def read_checkpoint(model: VisionTransformer, path: str | Path) -> dict[str, Ten
     return in_float32(path, state, model)
 
 
-def load_checkpoint(model: VisionTransformer, path: str | Path) -> None:
+def load_checkpoint(model: Backbone, path: str | Path) -> None:
     """Loads local weights.
 
     Raises:
@@ -312,7 +305,7 @@ def load_teacher(
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
-) -> VisionTransformer:
+) -> Backbone:
     """A frozen softmax teacher in eval mode; ``teacher(images)`` gives (B, N, D) features of all tokens.
 
     Args:

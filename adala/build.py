@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from adala.attention import insert_lora
@@ -18,12 +17,13 @@ from adala.data import EvaluationLoader, Preparation, ShardIndex, StreamState, T
 from adala.distributed import device, from_rank_0, rank, say, world_size
 from adala.evaluation import Features, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
+from adala.families import Backbone
 from adala.files import file_digest
 from adala.optim import build_optimizer, freeze_except, freeze_matching
 from adala.plan import DataPlan, ModelPlan, RunPlan, StagePlan, TeacherPlan
 from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
-from adala.students import LinearizedVisionTransformer, linearize
+from adala.students import LinearizedModel, linearize
 from adala.tasks import Task
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CALIBRATION_SAMPLES = 128
 
 
-def build_teacher(plan: TeacherPlan) -> VisionTransformer:
+def build_teacher(plan: TeacherPlan) -> Backbone:
     """The frozen teacher in float32 on this rank's device."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(plan.seed)
@@ -41,7 +41,7 @@ def build_teacher(plan: TeacherPlan) -> VisionTransformer:
     return teacher.to(device())
 
 
-def unaligned_student(model: ModelPlan, teacher: VisionTransformer) -> LinearizedVisionTransformer:
+def unaligned_student(model: ModelPlan, teacher: Backbone) -> LinearizedModel:
     """The linearized teacher, in training mode."""
     student = model.student
     return linearize(teacher, student.mechanism, student.keep, student.mechanism_options, model.seed)
@@ -102,14 +102,14 @@ def _check_same_model(run: RunFolder, earlier: int, plan: StagePlan) -> None:
             )
 
 
-def load_start(start: Start, model: ModelPlan, teacher: VisionTransformer) -> LinearizedVisionTransformer:
+def load_start(start: Start, model: ModelPlan, teacher: Backbone) -> LinearizedModel:
     """The student that a stage starts from, on this rank's device, everything trainable."""
     if start.folder is None:
         return unaligned_student(model, teacher)
     return load_student(start.folder).to(device()).train().requires_grad_(True)
 
 
-def prepare_student(plan: StagePlan, student: LinearizedVisionTransformer) -> None:
+def prepare_student(plan: StagePlan, student: LinearizedModel) -> None:
     """Inserts the stage's adapters, and freezes everything that it does not train."""
     if plan.step.lora is not None:
         _insert_adapters(student, plan.step.lora, plan.model.seed)
@@ -117,7 +117,7 @@ def prepare_student(plan: StagePlan, student: LinearizedVisionTransformer) -> No
     freeze_matching(student, plan.frozen)
 
 
-def build_stage(plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer) -> Stage:
+def build_stage(plan: StagePlan, student: LinearizedModel, teacher: Backbone) -> Stage:
     """The stage module around a prepared student."""
     # The teacher computes in the student's precision, so that a student equal to it is equal to the bit.
     stage = STAGE_BUILDERS[plan.kind.name](plan, student, teacher.to(plan.model.precision.dtype))
@@ -135,9 +135,7 @@ def build_stage(plan: StagePlan, student: LinearizedVisionTransformer, teacher: 
     return stage
 
 
-def _build_attention_alignment(
-    plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer
-) -> AttentionAlignment:
+def _build_attention_alignment(plan: StagePlan, student: LinearizedModel, teacher: Backbone) -> AttentionAlignment:
     # ZeRO-3 frees weights after each module's forward pass, so gradients cannot be taken inside the stage's.
     release = plan.model.precision.zero_stage < 3
     if not release and plan.config.loss == "attention_map_cross_entropy":
@@ -148,14 +146,12 @@ def _build_attention_alignment(
     return AttentionAlignment(student, teacher, plan.config.loss, release_activations=release)
 
 
-def _build_feature_alignment(
-    plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer
-) -> FeatureAlignment:
+def _build_feature_alignment(plan: StagePlan, student: LinearizedModel, teacher: Backbone) -> FeatureAlignment:
     return FeatureAlignment(student, teacher, plan.config.loss)
 
 
 def _build_finetuning(
-    plan: StagePlan, student: LinearizedVisionTransformer, teacher: VisionTransformer
+    plan: StagePlan, student: LinearizedModel, teacher: Backbone
 ) -> Finetuning:  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(plan.model.seed)
@@ -165,7 +161,7 @@ def _build_finetuning(
     return Finetuning(student, teacher, plan.task, head, plan.config.freeze_backbone)
 
 
-STAGE_BUILDERS: dict[str, Callable[[StagePlan, LinearizedVisionTransformer, VisionTransformer], Stage]] = {
+STAGE_BUILDERS: dict[str, Callable[[StagePlan, LinearizedModel, Backbone], Stage]] = {
     "attention_alignment": _build_attention_alignment,
     "feature_alignment": _build_feature_alignment,
     "finetuning": _build_finetuning,
@@ -204,7 +200,7 @@ def _fit_head(plan: StagePlan, stage: Finetuning) -> None:
     student.train()
 
 
-def _insert_adapters(student: LinearizedVisionTransformer, lora: LoraSpec, seed: int) -> None:
+def _insert_adapters(student: LinearizedModel, lora: LoraSpec, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for block in student.blocks:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.build import build_evaluation_loader
@@ -46,6 +45,7 @@ from adala.evaluation import (
 from adala.evaluation.evaluator import compute_metrics
 from adala.evaluation.speed import measure_speed
 from adala.evaluation.token_rows import FrozenHead, InPrecision, RowCollector
+from adala.families import Backbone
 from adala.feature_rows import HELD_OUT, TRAIN, FeatureRows
 from adala.plan import DataPlan, EvaluationPlan
 from adala.protocol import Protocol
@@ -394,7 +394,7 @@ def _not_for(task: Task | None, kind: str | None, wants: set[str]) -> dict[str, 
     return dict.fromkeys(sorted(missing), f"the samples are for {task.name}")
 
 
-def _layout(model: VisionTransformer) -> tuple[Any, ...]:
+def _layout(model: Backbone) -> tuple[Any, ...]:
     """What two models must have alike to be compared block by block."""
     return len(model.blocks), model.embed_dim, model.patch_embed.patch_size, model.num_prefix_tokens
 

@@ -5,13 +5,13 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from adala.attention import resolve_mechanism
 from adala.build import build_teacher, unaligned_student
 from adala.distributed import device
 from adala.export import WEIGHTS, load_student, load_task_model, read_description
+from adala.families import Backbone
 from adala.files import file_digest
 from adala.plan import ModelPlan
 from adala.tasks import Task
@@ -33,7 +33,7 @@ class Contender:
         task: See ``head``.
     """
 
-    model: VisionTransformer
+    model: Backbone
     identity: dict[str, Any]
     origin: str
     mechanism: str

@@ -4,6 +4,7 @@ ViT-AdaLA's three stages are one such description; each baseline's ``native`` co
 the lengths, batches and data; what a description leaves None is the recipe's to say.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +71,10 @@ class Conversion:
         return next((step for step in self.steps if step.stage == stage), None)
 
 
-QKV_PATTERNS = ("blocks.*.attn.qkv.*", "blocks.*.attn.token_mixer.*")
+PACKED = "blocks.*.attn.qkv.*"
+QKV_PATTERNS = (PACKED, "blocks.*.attn.token_mixer.*")
+# What a model may hold in the place of a packed projection: three of them, and biases beside it.
+UNPACKED = (*(f"blocks.*.attn.{part}_proj.*" for part in "qkv"), "blocks.*.attn.q_bias", "blocks.*.attn.v_bias")
 
 ADALA = Conversion(
     name="adala",
@@ -80,3 +84,11 @@ ADALA = Conversion(
         ConversionStep("finetuning"),
     ),
 )
+
+
+def with_unpacked(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Patterns of parameters, in which the packed projection means also what other families hold in its place.
+
+    A step names the packed one alone: its digest is a condition of what was trained before there were others.
+    """
+    return (*patterns, *(UNPACKED if PACKED in patterns else ()))

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.conversion import ADALA
 from adala.distributed import device
 from adala.evaluation import measure_speed
+from adala.families import Backbone
 from adala.optim import build_optimizer, freeze_except, rate_factor
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.stages import AttentionAlignment, FeatureAlignment, Stage
-from adala.students import LinearizedVisionTransformer
+from adala.students import LinearizedModel
 
 # Images on which variances, and the features before and after, are measured.
 MEASURED_IMAGES = 128
@@ -61,8 +61,8 @@ class Alignment:
 
 
 def align(
-    student: LinearizedVisionTransformer,
-    teacher: VisionTransformer,
+    student: LinearizedModel,
+    teacher: Backbone,
     images: Iterable[Any],
     *,
     steps: Sequence[int] = (312, 900),
@@ -131,7 +131,7 @@ def align(
 
 def evaluate(
     student: nn.Module,
-    teacher: VisionTransformer,
+    teacher: Backbone,
     images: Iterable[Any],
     *,
     batch_size: int = 32,
@@ -217,7 +217,7 @@ class _Fit:
 
 
 @torch.no_grad()
-def _compare(student: nn.Module, teacher: VisionTransformer, batches: Iterable[Tensor]) -> dict[str, float]:
+def _compare(student: nn.Module, teacher: Backbone, batches: Iterable[Tensor]) -> dict[str, float]:
     """Metrics of the features in eval mode; both models give those of all tokens."""
     student.eval(), teacher.eval()
     weight, total = teacher.patch_embed.proj.weight, 0

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-# Embeddings are matrices by shape, but decaying them pulls positions and class token towards nothing.
-NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token")
+# Embeddings are matrices by shape, but decaying them pulls positions, class token and frequencies towards nothing.
+NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token", "dist_token", "rope.freqs")
 
 
 def freeze_except(module: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -40,7 +40,7 @@ from adala.report import Report, ReportRow, draw_report, print_report, read_repo
 from adala.runs import OverwriteOrder, StageFolder, StageRecord
 from adala.similarity import relative_error
 from adala.stages import Stage
-from adala.students import LinearizedVisionTransformer, linearized_blocks
+from adala.students import LinearizedModel, linearized_blocks
 from adala.tasks import describe_task
 from adala.trainer import Trainer
 
@@ -141,7 +141,7 @@ def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None =
     return True
 
 
-def _say_kernel(plan: StagePlan, student: LinearizedVisionTransformer) -> None:
+def _say_kernel(plan: StagePlan, student: LinearizedModel) -> None:
     precision = plan.model.precision
     for attention in list(linearized_blocks(student).values())[:1]:
         described = attention.token_mixer.describe_kernel(device(), precision.autocast_dtype or precision.dtype)

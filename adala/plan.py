@@ -15,7 +15,15 @@ import torch
 from adala.attention import resolve_mechanism
 from adala.backbones import NamedModel, build_backbone, load_teacher, read_checkpoint, resolve_name
 from adala.config import Recipe, StageConfig
-from adala.conversion import ADALA, QKV_PATTERNS, STAGE_NAMES, Conversion, ConversionStep, StageName
+from adala.conversion import (
+    ADALA,
+    QKV_PATTERNS,
+    STAGE_NAMES,
+    Conversion,
+    ConversionStep,
+    StageName,
+    with_unpacked,
+)
 from adala.data import ShardIndex, View
 from adala.data.embedded import TEACHER_PATH
 from adala.distributed import from_rank_0, world_size
@@ -424,7 +432,7 @@ def _stage_plan(
         kind=kind,
         config=config,
         step=step,
-        trainable=tuple(trainable),
+        trainable=with_unpacked(trainable),
         frozen=tuple(getattr(config, "freeze", ())),
         model=model,
         data=own_data,

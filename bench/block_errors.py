@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from timm.models.vision_transformer import VisionTransformer
 
 from adala.build import build_evaluation_loader, build_teacher, unaligned_student
 from adala.config import Recipe, parse_command
@@ -24,6 +23,7 @@ from adala.evaluation import BlockReport, measure_block_errors
 from adala.evaluation_pictures import as_png, block_error_picture
 from adala.export import has_student, load_student, read_description
 from adala.failures import report_error
+from adala.families import Backbone
 from adala.files import write_whole
 from adala.plan import resolve_run, run_folder
 
@@ -35,7 +35,7 @@ BATCH_SIZE = 16
 Size = tuple[int, int]
 
 
-def load_students(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, VisionTransformer]:
+def load_students(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Backbone]:
     """The run's exported students by stage, then those in ``folders`` by their names.
 
     Raises:

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adala.attention import TokenLayout, TokenMixer, mechanism_names
 from adala.attention.softmax import SoftmaxMixer
 from adala.backbones import build_backbone
+from adala.families import Backbone
 from adala.students import linearize, linearized_blocks
 
 NONE = "none"
@@ -76,11 +76,11 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def build_backbone(self) -> VisionTransformer:
+    def build_backbone(self) -> Backbone:
         return build_backbone(self.backbone, self.image_size, self.model_args)
 
 
-def build_outline(case: Case) -> VisionTransformer:
+def build_outline(case: Case) -> Backbone:
     """The backbone without memory for its weights, at some size that its patch divides, to read dimensions from.
 
     Raises:
@@ -97,7 +97,7 @@ def build_outline(case: Case) -> VisionTransformer:
         return replace(case, image_size=(last, last)).build_backbone()
 
 
-def num_tokens(model: VisionTransformer, image_size: tuple[int, int]) -> int:
+def num_tokens(model: Backbone, image_size: tuple[int, int]) -> int:
     patches = [size // patch for size, patch in zip(image_size, model.patch_embed.patch_size, strict=True)]
     return patches[0] * patches[1] + model.num_prefix_tokens
 
@@ -124,7 +124,7 @@ class UnfusedSoftmaxMixer(SoftmaxMixer):
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-def build_model(case: Case, backbone: VisionTransformer | None = None) -> VisionTransformer:
+def build_model(case: Case, backbone: Backbone | None = None) -> Backbone:
     """The network of a case in eval mode, its attention replaced by the mechanism.
 
     It is made from ``backbone``, or from one with timm's random weights in float32.
@@ -139,7 +139,7 @@ def build_model(case: Case, backbone: VisionTransformer | None = None) -> Vision
 
 
 @torch.no_grad()
-def randomize(backbone: VisionTransformer) -> None:
+def randomize(backbone: Backbone) -> None:
     """Gives a fresh network weights under which attention does something: times do not depend on it, the gate does.
 
     timm's own initialisation makes scores so small that every map is uniform, and LayerScale at 1e-5 hides what
@@ -147,13 +147,13 @@ def randomize(backbone: VisionTransformer) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in backbone.named_parameters():
-        if name.endswith("attn.qkv.weight"):
+        if name.endswith(("attn.qkv.weight", "attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")):
             parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-        elif name.endswith(("ls1.gamma", "ls2.gamma")):
+        elif name.endswith(("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2")):
             parameter.fill_(1.0)
 
 
-def share_weights(student: VisionTransformer, backbone: VisionTransformer) -> None:
+def share_weights(student: Backbone, backbone: Backbone) -> None:
     """Makes the student use the very parameters of the backbone it was made from; its mixers keep their own."""
     ours = dict(student.named_modules())
     for path, module in backbone.named_modules():
@@ -201,7 +201,7 @@ class MixerCall:
 
 
 @torch.no_grad()
-def capture_calls(model: VisionTransformer, run: Callable[[], Any]) -> list[MixerCall]:
+def capture_calls(model: Backbone, run: Callable[[], Any]) -> list[MixerCall]:
     """The first and the last block's mixing while ``run`` passes the bench input through ``model``."""
     shells = list(linearized_blocks(model).values())
     calls: list[MixerCall] = []
@@ -264,7 +264,7 @@ def _sampled_rows(num_tokens: int) -> Tensor:
     return torch.cat((torch.tensor([0, num_tokens - 1]), drawn)).sort().values
 
 
-def run_gate(model: VisionTransformer, run: Callable[[], Any]) -> Gate:
+def run_gate(model: Backbone, run: Callable[[], Any]) -> Gate:
     """The gate over the mixings that ``run`` causes in the first and last block of ``model``; the worse one is told."""
     gates = [check_call(call) for call in capture_calls(model, run)]
     return next((gate for gate in gates if not gate.green), max(gates, key=lambda gate: gate.error))

@@ -17,8 +17,9 @@ from cases import NONE, SOFTMAX
 from results import Row, SweepRow
 from settings import ImageSize, Settings
 from timing import Runner, percentile
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+
+from adala.families import Backbone
 
 # The compiled network must give what the eager one gives, up to rounding that adds up over its blocks.
 COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -62,7 +63,7 @@ def failing(row: Row | SweepRow, device: torch.device, mark: Callable[..., None]
 class Network:
     """A network that passed its gate, and its warmed forward pass, eager or of torch.compile, on a GPU as a graph."""
 
-    model: VisionTransformer
+    model: Backbone
     runner: Runner
     is_compiled: bool = False
     is_captured: bool = False
@@ -94,7 +95,7 @@ def prepare(
     return networks, gates
 
 
-def build_backbone_on(settings: Settings, image_size: ImageSize) -> VisionTransformer:
+def build_backbone_on(settings: Settings, image_size: ImageSize) -> Backbone:
     backbone = replace(settings.network, image_size=image_size).build_backbone()
     cases.randomize(backbone)
     return backbone.eval().requires_grad_(False).to(settings.device, settings.network.torch_dtype)

@@ -10,8 +10,8 @@ import cases
 import timing
 import torch
 from allocator import keep_freed_memory, use_huge_pages
-from timm.models.vision_transformer import VisionTransformer
 
+from adala.families import Backbone
 from adala.machine import machine_description
 
 ImageSize = tuple[int, int]  # height and width in pixels
@@ -32,7 +32,7 @@ class Settings:
     options: argparse.Namespace
     device: torch.device
     network: cases.Case
-    outline: VisionTransformer
+    outline: Backbone
     mechanisms: tuple[str, ...]
     notes: list[str]
     softmax: dict[ImageSize, str] = field(default_factory=dict)

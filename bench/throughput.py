@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from command import TrainingFailed, resolved_recipe, run_training
-from timm.models.vision_transformer import VisionTransformer
 
 from adala.build import (
     build_engine,
@@ -37,6 +36,7 @@ from adala.config import Recipe, load_recipe
 from adala.distributed import close_distributed, device, init_distributed
 from adala.evaluation import Evaluator
 from adala.failures import report_error
+from adala.families import Backbone
 from adala.files import remove_tree, write_json, write_whole
 from adala.metrics import read_metrics
 from adala.optim import build_optimizer
@@ -208,7 +208,7 @@ def plan_of(options: argparse.Namespace, overrides: list[str]) -> StagePlan:
     return resolve_run(recipe, (options.stage,)).stages[0]
 
 
-def ready_stage(plan: StagePlan, teacher: VisionTransformer) -> Stage:
+def ready_stage(plan: StagePlan, teacher: Backbone) -> Stage:
     """The stage as it is trained, from the linearized teacher."""
     student = unaligned_student(plan.model, teacher)
     prepare_student(plan, student)
@@ -220,7 +220,7 @@ def ready_stage(plan: StagePlan, teacher: VisionTransformer) -> Stage:
 class BareLoop:
     """A stage's optimizer steps in plain PyTorch, in the plan's precision, on batches in memory."""
 
-    def __init__(self, plan: StagePlan, teacher: VisionTransformer):
+    def __init__(self, plan: StagePlan, teacher: Backbone):
         config, precision = plan.config, plan.model.precision
         self.clipping, self.accumulation = config.gradient_clipping, plan.gradient_accumulation_steps
         self.stage = ready_stage(plan, teacher).to(device(), precision.dtype).train()
@@ -250,7 +250,7 @@ class BareLoop:
 class TrainerLoop:
     """The trainer's own steps of a stage, with a line of metrics as often as the recipe says."""
 
-    def __init__(self, plan: StagePlan, teacher: VisionTransformer, folder: Path):
+    def __init__(self, plan: StagePlan, teacher: Backbone, folder: Path):
         stage = ready_stage(plan, teacher)
         self.engine, self.loader = build_engine(plan, stage), build_train_loader(plan)
         self.batches = iter(self.loader)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adala.compilation import CompiledModules
+from adala.families import Backbone
 from adala.stages import FeatureAlignment
 
 LEAST_ROUNDS = 3
@@ -233,7 +233,7 @@ def fastest_sdpa_backend(q: Tensor, k: Tensor, v: Tensor, budget_s: float = 0.5)
     return min(taken, key=taken.get)
 
 
-def compiled(model: VisionTransformer, backend: str = "inductor") -> VisionTransformer:
+def compiled(model: Backbone, backend: str = "inductor") -> Backbone:
     """The model over the same weights with its blocks under torch.compile, all of which share one compiled graph.
 
     What is left outside, the patch embedding and the last norm, is no part of any mechanism.
@@ -252,7 +252,7 @@ def switch_off_tf32() -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def train_runner(student: VisionTransformer, teacher: VisionTransformer, images: Tensor) -> Runner:
+def train_runner(student: Backbone, teacher: Backbone, images: Tensor) -> Runner:
     """One Stage 2 step in plain PyTorch: frozen teacher, student, loss on all tokens, backward, AdamW."""
     stage = FeatureAlignment(student.requires_grad_(True).train(), teacher, "mse").train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)

@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},
     {"adala.backbones", "adala.tasks", "adala.runs", "adala.metrics"},
     {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.ds_config", "adala.similarity"},
-    {"adala.losses", "adala.conversion"},
+    {"adala.families", "adala.losses", "adala.conversion"},
     {"adala.evaluation_command"},
     {"adala.attention", "adala.protocol", "adala.commands"},
     {"adala.config", "adala.failures", "adala.weights", "adala.weight_names", "adala.machine"},

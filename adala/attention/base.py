@@ -196,14 +196,24 @@ class AttentionShell(nn.Module):
         Raises:
             ValueError: A mask is given; no mechanism here is defined under one.
         """
+        layout = self.check_layout(x, attn_mask, is_causal)
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            return self.finish(self.token_mixer.mix_packed(qkv, layout), x)
+        return self.finish(self.mix(*self.project(x), layout).transpose(1, 2).flatten(2), x)
+
+    def check_layout(self, x: Tensor, attn_mask: TokenLayout | None, is_causal: bool) -> TokenLayout:
+        """The layout of tokens (B, N, D), see :meth:`forward`.
+
+        Raises:
+            ValueError: A mask is given, or the tokens are not those of the layout.
+        """
         if is_causal or not (attn_mask is None or isinstance(attn_mask, TokenLayout)):
             raise ValueError("masked or causal attention is not supported by linearized models: pass no attn_mask")
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            layout = self._layout_of(x.shape[1], attn_mask)
-            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-            mixed = self.token_mixer.mix_packed(qkv, layout)
-        else:
-            mixed = self.mix(*self.project(x), attn_mask).transpose(1, 2).flatten(2)
+        return self._layout_of(x.shape[1], attn_mask)
+
+    def finish(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What comes after the mixing: inner norm, gate by the input ``x``, output projection; (B, N, D) in and out."""
         mixed = self.norm(mixed)
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()

@@ -65,6 +65,8 @@ def _scales(scale: float, num_parts: int, parts: Sequence[int]) -> list[float]:
 def insert_lora(attention: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Puts adapters on an attention's projections: any of ``q``, ``k``, ``v`` (separate ones) and ``proj``.
 
+    Whether the attention's own are packed into ``qkv`` or three (``q_proj``, ...) makes no difference.
+
     Raises:
         ValueError: An unknown target.
     """
@@ -72,8 +74,11 @@ def insert_lora(attention: nn.Module, rank: int, alpha: float, targets: Sequence
     if unknown:
         raise ValueError(f"LoRA target {unknown[0]!r}: known are q, k, v, proj")
     packed = [part for part, name in enumerate("qkv") if name in targets]
-    if packed:
+    if packed and attention.qkv is not None:
         attention.qkv = LoraLinear(attention.qkv, rank, alpha, num_parts=3, parts=packed)
+    elif packed:
+        for name in (f"{'qkv'[part]}_proj" for part in packed):
+            setattr(attention, name, LoraLinear(getattr(attention, name), rank, alpha))
     if "proj" in targets:
         attention.proj = LoraLinear(attention.proj, rank, alpha)
 

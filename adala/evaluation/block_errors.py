@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.distributed import SharedError, all_reduce_sum, device, gather_objects
 from adala.evaluation.evaluator import raising_together
+from adala.families import Backbone
 from adala.similarity import comparison_metrics, comparison_sums
 
 
@@ -50,8 +50,8 @@ class BlockReport:
 
 @torch.no_grad()
 def measure_block_errors(
-    teacher: VisionTransformer,
-    students: Mapping[str, VisionTransformer],
+    teacher: Backbone,
+    students: Mapping[str, Backbone],
     batches: Iterable[Mapping[str, Any]],
 ) -> BlockReport:
     """Compares students with their teacher on all ranks' batches; every rank calls it and gets the same.
@@ -94,7 +94,7 @@ def measure_block_errors(
     return BlockReport(images, outliers, {name: _errors(all_reduce_sum(of), teacher) for name, of in sums.items()})
 
 
-def _trace(model: VisionTransformer, images: Tensor) -> tuple[list[tuple[Tensor, dict[str, Any]]], list[Tensor]]:
+def _trace(model: Backbone, images: Tensor) -> tuple[list[tuple[Tensor, dict[str, Any]]], list[Tensor]]:
     """The input (B, N, D) and named arguments of each block's attention; then, each (B, N, D), the outputs of all
     attentions, the residual stream after each block, and the features."""
     calls, outputs, streams = [], [], []
@@ -124,7 +124,7 @@ def _outliers(rms: Tensor, largest: Tensor) -> dict[str, float]:
     }
 
 
-def _errors(sums: Tensor, teacher: VisionTransformer) -> BlockErrors:
+def _errors(sums: Tensor, teacher: Backbone) -> BlockErrors:
     """From sums (2 L + 1, 8) of the attentions, the streams and the features."""
     found = [comparison_metrics(row, teacher.has_class_token) for row in sums]
     metrics = [{name: float(value) for name, value in of_place.items()} for of_place in found]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from adala.data import View
 from adala.distributed import all_reduce_sum, device, gather_objects, raise_together
+from adala.families import Backbone
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.students import token_layout
 from adala.tasks import Prediction, Task
@@ -38,7 +38,7 @@ class Evaluator:
     ``decision`` beside ``target``, which go to the task's metrics.
     """
 
-    def __init__(self, model: VisionTransformer, task: Task | None = None, collectors: Sequence[Collector] = ()):
+    def __init__(self, model: Backbone, task: Task | None = None, collectors: Sequence[Collector] = ()):
         """Starts from nothing.
 
         Args:
@@ -129,13 +129,13 @@ class Candidate:
         collectors: See :class:`Evaluator`.
     """
 
-    model: VisionTransformer
+    model: Backbone
     head: nn.Module | None = None
     task: Task | None = None
     collectors: Sequence[Collector] = ()
 
     def outputs(
-        self, batch: Batch, images: Tensor, teacher: VisionTransformer | None, teacher_features: Tensor | None
+        self, batch: Batch, images: Tensor, teacher: Backbone | None, teacher_features: Tensor | None
     ) -> Outputs:
         """What an :class:`Evaluator` reads, of a batch whose images are on the device."""
         # Comparing the teacher with itself need not run it twice.
@@ -180,7 +180,7 @@ def precision(autocast: torch.dtype | None) -> torch.autocast:
 @torch.no_grad()
 def evaluate_all(
     candidates: Mapping[str, Candidate],
-    teacher: VisionTransformer | None,
+    teacher: Backbone | None,
     batches: Iterable[Batch],
     autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:

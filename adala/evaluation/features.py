@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adala.distributed import SharedError, device, gather_objects
 from adala.evaluation.evaluator import precision
+from adala.families import Backbone
 from adala.heads import Pooling, pool_tokens
 from adala.tasks import Task
 
@@ -33,7 +33,7 @@ class Features:
 class FeatureCollector:
     """Gathers pooled features and labels batch by batch; :meth:`gathered` joins those of all ranks."""
 
-    def __init__(self, model: VisionTransformer, pooling: Pooling, task: Task):
+    def __init__(self, model: Backbone, pooling: Pooling, task: Task):
         """Starts from nothing.
 
         Args:
@@ -75,7 +75,7 @@ class FeatureCollector:
 
 @torch.no_grad()
 def collect_features(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Backbone],
     batches: Iterable[Mapping[str, Any]],
     pooling: Pooling,
     task: Task,

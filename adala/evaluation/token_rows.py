@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import TokenLayout, full_precision
 from adala.evaluation.dense_probe import DenseHead
 from adala.evaluation.evaluator import precision
 from adala.evaluation.feature_store import Field, RowWriter
+from adala.families import Backbone
 from adala.students import token_layout
 from adala.tasks import Task
 
@@ -58,7 +58,7 @@ class InPrecision(nn.Module):
 class RowCollector:
     """Writes what measures read of a batch into the store: a model's features, or targets."""
 
-    def __init__(self, writer: RowWriter, model: VisionTransformer | None, task: Task, fields: Mapping[str, Field]):
+    def __init__(self, writer: RowWriter, model: Backbone | None, task: Task, fields: Mapping[str, Field]):
         """``model`` None collects targets."""
         self._writer, self._model, self._task, self._fields = writer, model, task, fields
 

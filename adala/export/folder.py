@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adala.backbones import CONFIG, build_backbone
 from adala.files import sync_file, write_json
 from adala.runs import ATTEMPT, CHECKPOINT_MARKER
-from adala.students import LinearizedVisionTransformer, linearize
+from adala.students import LinearizedModel, linearize
 from adala.tasks import Prediction, Task, read_task
 from adala.weights import find_difference, in_float32, read_weights
 
@@ -144,7 +144,7 @@ def _check_description(values: Any) -> None:
             raise ValueError(f"{field.name} cannot be {values[field.name]!r}")
 
 
-def load_student(folder: str | Path) -> LinearizedVisionTransformer:
+def load_student(folder: str | Path) -> LinearizedModel:
     """The student in ``folder``, in eval mode on the CPU; ``student(images)`` gives (B, N, D) features of all tokens.
 
     Raises:
@@ -167,7 +167,7 @@ class TaskModel(nn.Module):
     :meth:`predict` gives decisions.
     """
 
-    def __init__(self, student: LinearizedVisionTransformer, head: nn.Module, task: Task):
+    def __init__(self, student: LinearizedModel, head: nn.Module, task: Task):
         super().__init__()
         self.student = student
         self.head = head

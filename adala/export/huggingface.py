@@ -28,7 +28,7 @@ from adala.backbones import build_backbone
 from adala.export.agreement import Model
 from adala.export.folder import StudentDescription
 from adala.files import write_json
-from adala.students import LinearizedVisionTransformer, linearize
+from adala.students import LinearizedModel, linearize
 
 MODEL_TYPE = "adala"
 WEIGHTS = "model.safetensors"
@@ -96,7 +96,7 @@ def _one_if_square(sides: Sequence[int]) -> int | list[int]:
     return sides[0] if sides[0] == sides[1] else list(sides)
 
 
-def _build(description: StudentDescription) -> LinearizedVisionTransformer:
+def _build(description: StudentDescription) -> LinearizedModel:
     backbone = build_backbone(description.backbone, description.image_size, description.model_args)
     return linearize(backbone, description.mechanism, description.keep, description.mechanism_options)
 

@@ -15,7 +15,6 @@ from typing import Literal, get_args
 
 import torch
 from timm.layers import Format, to_2tuple
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from adala.attention import TokenMixer, chosen_kernel, mechanism_name
@@ -25,6 +24,7 @@ from adala.export.folder import StudentDescription, TaskModel, load_student, loa
 from adala.export.onnx_form import check_packages, run_onnx, write_onnx
 from adala.export.timm_form import check_softmax, run_timm, write_timm
 from adala.export.torch_form import check_compiler, run_torch, write_torch
+from adala.families import Backbone
 from adala.files import remove_tree, sync_folder
 
 Form = Literal["onnx", "torch", "timm", "hf"]
@@ -70,7 +70,7 @@ class _Source:
     folder: Path | None = None
 
     @property
-    def backbone(self) -> VisionTransformer:
+    def backbone(self) -> Backbone:
         return _backbone(self.model)
 
     @property
@@ -191,7 +191,7 @@ def _source(
     )
 
 
-def _backbone(model: nn.Module) -> VisionTransformer:
+def _backbone(model: nn.Module) -> Backbone:
     backbone = model.student if isinstance(model, TaskModel) else model
     if not hasattr(backbone, "patch_embed") or not hasattr(backbone, "set_input_size"):
         raise ValueError(
@@ -201,7 +201,7 @@ def _backbone(model: nn.Module) -> VisionTransformer:
     return backbone
 
 
-def _image_size(backbone: VisionTransformer, size: int | Sequence[int] | None) -> tuple[int, int]:
+def _image_size(backbone: Backbone, size: int | Sequence[int] | None) -> tuple[int, int]:
     if size is None:
         return tuple(backbone.patch_embed.img_size)
     sides = to_2tuple(size) if isinstance(size, int) else tuple(size)
@@ -277,7 +277,7 @@ def _trace(
         ) from error
 
 
-def _fix_size(backbone: VisionTransformer) -> None:
+def _fix_size(backbone: Backbone) -> None:
     """Has a model take its own image size alone.
 
     Under torch.export timm resamples position embeddings of models that take any size even where nothing changes, so

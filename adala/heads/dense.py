@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import TokenLayout, accumulation_dtype
 from adala.distributed import all_reduce_sum
+from adala.families import Backbone
 
 
 def patch_map(features: Tensor, layout: TokenLayout) -> Tensor:
@@ -130,7 +130,7 @@ class LinearSegmentationHead(nn.Module):
 
     Options = LinearHeadOptions
 
-    def __init__(self, student: VisionTransformer, num_classes: int, options: LinearHeadOptions):
+    def __init__(self, student: Backbone, num_classes: int, options: LinearHeadOptions):
         super().__init__()
         self.has_class_token = student.has_class_token
         self.norm = SharedBatchNorm(2 * student.embed_dim, options.over_ranks)

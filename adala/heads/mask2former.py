@@ -6,10 +6,10 @@ Shapes: B batch, N tokens, D embed dim, Q queries, K classes, h x w patch grid.
 from dataclasses import dataclass
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import TokenLayout
+from adala.families import Backbone
 from adala.heads.dense import patch_map
 from adala.heads.pyramid import SimpleFeaturePyramid
 
@@ -51,7 +51,7 @@ class Mask2FormerHead(nn.Module):
 
     Options = Mask2FormerOptions
 
-    def __init__(self, student: VisionTransformer, num_classes: int, options: Mask2FormerOptions):
+    def __init__(self, student: Backbone, num_classes: int, options: Mask2FormerOptions):
         """Builds the head for the features of ``student``.
 
         Raises:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, Mlp
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import AttentionShape, AttentionShell, TokenLayout, TokenMixer, build_mixer
+from adala.families import Backbone
 from adala.heads.dense import patch_map
 
 
@@ -43,7 +43,7 @@ class PmtOptions:
 
 
 def build_patch_mixer(
-    student: VisionTransformer, mechanism: str = "student", options: Mapping[str, Any] | None = None
+    student: Backbone, mechanism: str = "student", options: Mapping[str, Any] | None = None
 ) -> TokenMixer:
     """A fresh mixer over the student's tokens, see :class:`PmtOptions`.
 
@@ -135,7 +135,7 @@ class PmtHead(nn.Module):
 
     Options = PmtOptions
 
-    def __init__(self, student: VisionTransformer, num_classes: int, options: PmtOptions):
+    def __init__(self, student: Backbone, num_classes: int, options: PmtOptions):
         """Builds the head for the features of ``student``.
 
         Raises:

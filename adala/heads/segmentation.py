@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adala.families import Backbone
 from adala.heads.dense import LinearSegmentationHead
 from adala.heads.mask2former import Mask2FormerHead
 from adala.heads.pmt import PmtHead
@@ -34,7 +34,7 @@ KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 
 
 def build_segmentation_head(
-    name: str, student: VisionTransformer, num_classes: int, options: Mapping[str, Any] | None = None
+    name: str, student: Backbone, num_classes: int, options: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """A fresh segmentation head: called with features (B, N, D) and their layout, it gives a prediction.
 

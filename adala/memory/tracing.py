@@ -145,9 +145,9 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        batch, heads, queries, _ = q.shape
-        output = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-        row_sums = q.new_empty(batch, heads, queries, dtype=torch.float32)
+        # In the order of the queries: what is computed of rotated ones has to be copied before the output projection.
+        output = torch.empty_like(q)
+        row_sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
         # The kernels that take a mask take one of numbers.
         added = None if mask is None else mask.to(q.dtype)
         ctx.save_for_backward(q, k, v, output, row_sums, added)

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adala.attention import AttentionShell, TokenLayout
 from adala.compilation import CompiledModules
+from adala.families import Backbone
 from adala.losses import ALIGNMENT_LOSSES, CALIBRATED_LOSSES, Loss, attention_map_cross_entropy, mse
 from adala.stages.base import Stage
-from adala.students import LinearizedVisionTransformer, linearized_blocks
+from adala.students import LinearizedModel, linearized_blocks
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,30 @@ class Comparison:
     Attributes:
         x: Common input of both attentions, (B, N, D), in the student's dtype.
         layout: Of its tokens.
+        positions: What else the student's attention is told of positions, by argument (a rotary embedding, say).
         attention: The teacher's softmax attention.
+        its_positions: What that is told of positions.
         target: Its output, (B, N, D).
         variance: Of the target over many images; 1 where the loss needs none.
     """
 
     x: Tensor
     layout: TokenLayout
+    positions: Mapping[str, Any]
     attention: nn.Module
+    its_positions: Mapping[str, Any]
     target: Tensor
     variance: float
 
-    def project_teacher(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, N, d) of the teacher's attention."""
+    def project(self, student: AttentionShell) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, d) of the student's attention."""
+        return student.project(self.x, **self.positions)
+
+    def project_teacher(self, student: AttentionShell) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the teacher's, whose submodules have the names of the student's."""
         with torch.no_grad():
-            return AttentionShell.project(self.attention, self.x.to(self.attention.qkv.weight.dtype))
+            x = self.x.to(self.attention.proj.weight.dtype)
+            return type(student).project(self.attention, x, **self.its_positions)
 
 
 BlockLoss = Callable[[AttentionShell, Comparison], Tensor]
@@ -49,21 +58,21 @@ BlockLoss = Callable[[AttentionShell, Comparison], Tensor]
 
 def _after_projection(loss: Loss) -> BlockLoss:
     def block_loss(student: AttentionShell, at: Comparison) -> Tensor:
-        return loss(student(at.x, at.layout), at.target, at.variance)
+        return loss(student(at.x, at.layout, **at.positions), at.target, at.variance)
 
     return block_loss
 
 
 def _per_head_output(student: AttentionShell, at: Comparison) -> Tensor:
     """1000 x MSE of the mixed values before the output projection (LoLCATS, arXiv 2410.10254, attention transfer)."""
-    expected = nn.functional.scaled_dot_product_attention(*at.project_teacher())
-    return 1000 * mse(student.mix(*student.project(at.x), at.layout), expected)
+    expected = nn.functional.scaled_dot_product_attention(*at.project_teacher(student))
+    return 1000 * mse(student.mix(*at.project(student), at.layout), expected)
 
 
 def _attention_maps(student: AttentionShell, at: Comparison) -> Tensor:
     """Cross-entropy of the attention maps (Hedgehog, arXiv 2402.04347); one layer's N x N maps at a time."""
-    teacher_q, teacher_k, _ = at.project_teacher()
-    q, k, _ = student.project(at.x)
+    teacher_q, teacher_k, _ = at.project_teacher(student)
+    q, k, _ = at.project(student)
     return attention_map_cross_entropy(*student.token_mixer.feature_maps(q, k), teacher_q, teacher_k)
 
 
@@ -89,8 +98,8 @@ class AttentionAlignment(Stage):
 
     def __init__(
         self,
-        student: LinearizedVisionTransformer,
-        teacher: VisionTransformer,
+        student: LinearizedModel,
+        teacher: Backbone,
         loss: str = "normalized_mse",
         release_activations: bool = True,
     ):
@@ -142,7 +151,7 @@ class AttentionAlignment(Stage):
     def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         found: list[tuple[str, Tensor]] = []
 
-        def keep(index: int, attention: nn.Module, x: Tensor, output: Tensor) -> None:
+        def keep(index: int, attention: nn.Module, x: Tensor, positions: Mapping[str, Any], output: Tensor) -> None:
             found.append((f"block{index:02d}", output))
 
         with torch.no_grad(), _watch_attention(self.teacher, linearized_blocks(self.student), keep):
@@ -153,14 +162,19 @@ class AttentionAlignment(Stage):
         """``loss`` (mean over linearized blocks) and ``block00_loss``, ...; in eval mode the features too."""
         images, teacher_images = self.images_for(self.student, batch), self.images_for(self.teacher, batch)
         shells, layout = linearized_blocks(self.student), self.student.token_layout(images)
+        positions = self.student.positions(images)
         losses: dict[int, Tensor] = {}
         gradients: dict[nn.Parameter, Tensor] = {}
         with_gradients = torch.is_grad_enabled()
         release = self.release_activations and with_gradients
 
-        def compare(index: int, attention: nn.Module, x: Tensor, output: Tensor) -> None:
+        def compare(
+            index: int, attention: nn.Module, x: Tensor, its_positions: Mapping[str, Any], output: Tensor
+        ) -> None:
             with torch.set_grad_enabled(with_gradients):
-                at = Comparison(x.to(images.dtype), layout, attention, output, self.variance_of(f"block{index:02d}"))
+                variance = self.variance_of(f"block{index:02d}")
+                x = x.to(images.dtype)
+                at = Comparison(x, layout, positions[index], attention, its_positions, output, variance)
                 loss = self._loss_of(shells[index], at) / len(shells)
                 if release:
                     gradients.update(_gradients(loss, shells[index]))
@@ -207,14 +221,21 @@ class _ReleasedGradients(torch.autograd.Function):
 
 @contextmanager
 def _watch_attention(
-    teacher: VisionTransformer, blocks: Mapping[int, Any], compare: Callable[[int, nn.Module, Tensor, Tensor], None]
+    teacher: Backbone,
+    blocks: Mapping[int, Any],
+    compare: Callable[[int, nn.Module, Tensor, Mapping[str, Any], Tensor], None],
 ) -> Iterator[None]:
-    """Calls ``compare(block, attention, input, output)`` as the teacher passes each of ``blocks``."""
+    """Calls ``compare(block, attention, input, positions, output)`` as the teacher passes each of ``blocks``."""
 
     def hook(index: int) -> Callable:
-        return lambda attention, inputs, output: compare(index, attention, inputs[0], output)
+        def call(attention: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
+            # Masks are arguments too, and no teacher is given one.
+            positions = {name: value for name, value in named.items() if name not in ("attn_mask", "is_causal")}
+            compare(index, attention, inputs[0], positions, output)
 
-    handles = [teacher.blocks[index].attn.register_forward_hook(hook(index)) for index in blocks]
+        return call
+
+    handles = [teacher.blocks[index].attn.register_forward_hook(hook(index), with_kwargs=True) for index in blocks]
     try:
         yield
     finally:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adala.attention import TokenMixer
 from adala.compilation import CompiledModules
 from adala.distributed import all_reduce_sum
+from adala.families import Backbone
 from adala.similarity import comparison_metrics, comparison_sums
-from adala.students import LinearizedVisionTransformer
+from adala.students import LinearizedModel
 
 
 class Stage(nn.Module):
@@ -31,7 +31,7 @@ class Stage(nn.Module):
 
     normalise: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, student: LinearizedVisionTransformer, teacher: VisionTransformer):
+    def __init__(self, student: LinearizedModel, teacher: Backbone):
         super().__init__()
         self.student = student
         self.target_variance: dict[str, float] = {}
@@ -113,7 +113,7 @@ class Stage(nn.Module):
             )
         return self.target_variance[target]
 
-    def images_for(self, model: VisionTransformer, batch: Mapping[str, Any]) -> Tensor:
+    def images_for(self, model: Backbone, batch: Mapping[str, Any]) -> Tensor:
         """The batch's images, normalised, on the device and in the dtype of ``model``'s weights.
 
         Raises:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adala.compilation import CompiledModules
+from adala.families import Backbone
 from adala.losses import ALIGNMENT_LOSSES, CALIBRATED_LOSSES
 from adala.stages.base import Stage
-from adala.students import LinearizedVisionTransformer
+from adala.students import LinearizedModel
 
 
 class FeatureAlignment(Stage):
@@ -24,7 +24,7 @@ class FeatureAlignment(Stage):
     Differs: see ``normalized_mse``.
     """
 
-    def __init__(self, student: LinearizedVisionTransformer, teacher: VisionTransformer, loss: str = "normalized_mse"):
+    def __init__(self, student: LinearizedModel, teacher: Backbone, loss: str = "normalized_mse"):
         """Builds the stage.
 
         Raises:

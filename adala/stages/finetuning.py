@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adala.families import Backbone
 from adala.stages.base import Stage
-from adala.students import LinearizedVisionTransformer
+from adala.students import LinearizedModel
 from adala.tasks import Task
 
 
@@ -23,8 +23,8 @@ class Finetuning(Stage):
 
     def __init__(
         self,
-        student: LinearizedVisionTransformer,
-        teacher: VisionTransformer,
+        student: LinearizedModel,
+        teacher: Backbone,
         task: Task,
         head: nn.Module,
         freeze_backbone: bool = False,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -16,6 +15,7 @@ from adala.data import Preparation, View
 from adala.data.labels import Classes
 from adala.data.preparation import TargetReader
 from adala.data.tars import Fields
+from adala.families import Backbone
 from adala.rules import Checked
 
 # What a head gives: a tensor, or dicts and lists of tensors, which are all that ZeRO-3's hooks look into.
@@ -84,7 +84,7 @@ class Task(Checked):
         then have shapes of their own, and come one by one."""
         return None
 
-    def build_head(self, student: VisionTransformer) -> nn.Module:
+    def build_head(self, student: Backbone) -> nn.Module:
         """A fresh head: ``head(features, layout)`` maps features (B, N, D) of tokens laid out so to a prediction.
 
         Raises:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -17,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from adala.data import Preparation, View
 from adala.data.labels import Classes, read_label
 from adala.data.tars import Fields
+from adala.families import Backbone
 from adala.heads import ClassificationHead, Pooling
 from adala.tasks.base import Task
 
@@ -40,7 +40,7 @@ def check_label(label: int, num_classes: int, whose: str) -> None:
         )
 
 
-def build_pooled_head(student: VisionTransformer, num_classes: int, pooling: Pooling) -> ClassificationHead:
+def build_pooled_head(student: Backbone, num_classes: int, pooling: Pooling) -> ClassificationHead:
     """A fresh linear classifier on the student's pooled tokens."""
     return ClassificationHead(
         student.embed_dim, num_classes, student.num_prefix_tokens, pooling, student.has_class_token
@@ -78,7 +78,7 @@ class Classification(Task):
         transform = view.image_transform(augmentation, as_uint8=view.trains_on_uint8)
         return Preparation(lambda image, label: {"image": transform(image), "label": torch.tensor(label)}, self.reader)
 
-    def build_head(self, student: VisionTransformer) -> ClassificationHead:
+    def build_head(self, student: Backbone) -> ClassificationHead:
         return build_pooled_head(student, self.num_classes, self.pooling)
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:

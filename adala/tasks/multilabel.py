@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
@@ -19,6 +18,7 @@ from torchmetrics.utilities import dim_zero_cat
 from adala.data import Preparation, View
 from adala.data.labels import Classes, read_labels
 from adala.data.tars import Fields
+from adala.families import Backbone
 from adala.heads import ClassificationHead, Pooling
 from adala.tasks.base import Task
 from adala.tasks.classification import build_pooled_head, check_label
@@ -101,7 +101,7 @@ class Multilabel(Task):
 
         return Preparation(tensors, self.reader)
 
-    def build_head(self, student: VisionTransformer) -> ClassificationHead:
+    def build_head(self, student: Backbone) -> ClassificationHead:
         return build_pooled_head(student, self.num_classes, self.pooling)
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:

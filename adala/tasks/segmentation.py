@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -23,6 +22,7 @@ from adala.data.labels import Classes
 from adala.data.masks import MaskFormat, check_mask, read_mask
 from adala.data.tars import Fields
 from adala.distributed import SharedError
+from adala.families import Backbone
 from adala.heads import build_segmentation_head, semantic_logits
 from adala.rules import with_text_keys
 from adala.tasks.base import Prediction, Task
@@ -149,7 +149,7 @@ class Segmentation(Task):
 
         return Preparation(tensors, self.reader)
 
-    def build_head(self, student: VisionTransformer) -> nn.Module:
+    def build_head(self, student: Backbone) -> nn.Module:
         return build_segmentation_head(self.head, student, self.num_classes, self.head_options)
 
     def target(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:

@@ -202,7 +202,7 @@ def test_mistakes_are_named(teacher, arguments: dict, message: str) -> None:
         ("vit_tiny_patch16_224", {"attn_drop_rate": 0.1}, "blocks.0.attn.attn_drop"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.1}, "patch_drop"),
         ("vit_tiny_patch16_224", {"depth": 0}, "blocks: the model has none"),
-        ("deit_tiny_distilled_patch16_224", {}, "the model is a VisionTransformerDistilled"),
+        ("deit_tiny_distilled_patch16_224", {"attn_drop_rate": 0.1}, "blocks.0.attn.attn_drop"),
         ("vit_tiny_r_s16_p8_224", {}, "patch_embed is a HybridEmbed"),
         ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ParallelScalingBlock}, "blocks.0 is a "),
     ],

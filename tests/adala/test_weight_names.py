@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adala.backbones import load_teacher
 from adala.weight_names import original_names
 
 SIZES = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
@@ -111,6 +113,20 @@ def test_hugging_faces_models_give_timms_features(name: str, naming: str) -> Non
         if kind == "CLIPVision":  # which normalises the class token only
             expected = ours.norm(expected)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_is_loaded_from_a_file_of_hugging_faces(tmp_path: Path) -> None:
+    """Inside a training checkpoint, beside a decoder."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Dinov2Model(transformers.Dinov2Config(**THEIRS)).eval()
+    tensors = {f"module.backbone.{name}": value for name, value in theirs.state_dict().items()}
+    path = tmp_path / "dinov2.pth"
+    torch.save({"state_dict": {**tensors, "module.decoder.weight": torch.ones(3)}, "epoch": 7}, path)
+    sizes = {"patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    teacher = load_teacher("vit_small_patch14_dinov2", (28, 28), path, model_args=sizes)
+    images = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), theirs(pixel_values=images).last_hidden_state)
 
 
 @pytest.mark.parametrize(
