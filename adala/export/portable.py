@@ -284,6 +284,11 @@ def _fix_size(backbone: Backbone) -> None:
     that the graph would hold a bicubic interpolation with antialiasing.
     """
     if getattr(backbone, "dynamic_img_size", False):
+        rope = getattr(backbone, "rope", None)
+        if rope is not None:
+            # Its table too, which timm's modules compute anew for each size unless they were built for one.
+            table = rope.get_embed(shape=list(backbone.patch_embed.grid_size)).detach()
+            rope.get_embed = lambda *_, **__: table
         backbone.dynamic_img_size = False
         # As timm's constructors leave them then: tokens in one row, which a grid is for other sizes.
         backbone.patch_embed.flatten, backbone.patch_embed.output_fmt = True, Format.NCHW
