@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--res", type=int, nargs="*", default=None, help="pixels, height and width (512 1024)")
     parser.add_argument("--mechanisms", nargs="+", default=list(MECHANISMS), help=", ".join(MECHANISMS))
-    parser.add_argument("--backbone", help="any plain timm ViT (ViT-L/16 on a GPU, ViT-S/16 on a CPU)")
+    parser.add_argument("--backbone", help="any backbone of docs/BACKBONES.md (ViT-L/16 on a GPU, ViT-S/16 on a CPU)")
     parser.add_argument("--model-args", type=json.loads, help="JSON, further arguments of timm's constructor")
     parser.add_argument("--protocol", choices=["paper", "best"], default="best", help="see docs/BENCH.md (best)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of weights and activations")

@@ -127,7 +127,7 @@ class PmtHead(nn.Module):
     Differs: tokens mix by the student's own mechanism, and do not see the queries, for which such a mechanism has no
         place; one map of features comes in, the final norm's, so that a head is a function of what every other head
         gets too: no lateral connections from inner blocks, and a layer norm in place of their batch norms; no rotary
-        position embedding, since the ViT's absolute one is in its features; masked attention stays on in evaluation,
+        position embedding, since the ViT's features know their places; masked attention stays on in evaluation,
         as in Mask2Former, because a head does not know how far training has come and cannot anneal it; mask features
         have M channels, not D, whose upscaling alone would cost a ViT-L 21 GMACs a prediction at 512 px, seven
         predictions a step.

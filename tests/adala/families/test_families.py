@@ -13,6 +13,7 @@ from adala.activations import SavedActivations
 from adala.attention import AttentionShell
 from adala.conversion import QKV_PATTERNS, with_unpacked
 from adala.export import StudentDescription, load_student, save_student
+from adala.heads import build_segmentation_head, semantic_logits
 from adala.optim import build_optimizer, freeze_except
 from adala.stages import AttentionAlignment, FeatureAlignment
 from adala.students import linearize, linearized_blocks
@@ -212,6 +213,19 @@ def test_timms_own_models_are_linearized_with_their_heads_on(kind: str) -> None:
     torch.testing.assert_close(student(images), model(images), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="linearized already"):
         linearize(student)
+
+
+@pytest.mark.parametrize("head", ["linear", "pmt"])
+@pytest.mark.parametrize("kind", [*CORE, "no_prefix"])
+def test_heads_of_segmentation_read_the_features_of_every_family(kind: str, head: str) -> None:
+    student = linearize(build_tiny(kind), "linear").eval()
+    images = random_images((16, 24))
+    module = build_segmentation_head(head, student, 5).eval()
+    prediction = module(student(images), student.token_layout(images))
+    logits = semantic_logits(prediction, (16, 24))
+    assert logits.shape == (2, 5, 16, 24)
+    logits.square().mean().backward()
+    assert student.patch_embed.proj.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", CORE)
