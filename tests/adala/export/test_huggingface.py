@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,15 @@ def test_tables_that_are_computed_and_not_saved_survive(tmp_path: Path) -> None:
         assert torch.equal(buffer, computed[name]), name
     with torch.no_grad():
         assert torch.equal(model(IMAGES).last_hidden_state, student(IMAGES))
+
+
+def test_autobackbone_finds_it_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it asks whether a repository of this name exists; a folder it does not look for."""
+    answering = SimpleNamespace(repo_exists=lambda name: True)
+    monkeypatch.setattr("transformers.models.auto.auto_factory.hf_api", lambda: answering)
+    backbone = transformers.AutoBackbone.from_pretrained(str(folder), out_features=["stage1", "stage4"])
+    assert type(backbone) is AdalaBackbone and backbone.out_indices == [1, 4]
+    assert len(backbone(IMAGES).feature_maps) == 2
 
 
 def test_saved_again_it_is_the_same(folder: Path, tmp_path: Path) -> None:
