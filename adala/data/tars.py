@@ -18,6 +18,8 @@ _STEM = re.compile(r"(?:.*/)?[^./]*", re.DOTALL)
 _NOT_DATA = re.compile(r"(?:^|/)(?:\.[^/]+|__MACOSX|__[^/]+__)(?:/|$)")
 # So many files in a row whose names agree up to the first dot are no sample, but names with dots in them.
 MAX_FILES = 64
+# No image, label or mask is larger; a few bytes of a damaged or hostile archive can claim to be.
+MAX_FILE_BYTES = 2**30
 
 Files = Iterable[tuple[str, bytes]]
 Fields = dict[str, bytes]
@@ -46,30 +48,71 @@ def read_samples(stream: BinaryIO, url: str) -> Iterator[tuple[str, Fields]]:
         yield key, fields
 
 
+class _Member(tarfile.TarInfo):
+    """A member of an archive that has an end.
+
+    tarfile takes a header that it cannot read, and the end of the file, for the end of the archive: what is cut off, or
+    comes behind a flipped bit, would be missing without a word.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
+            if tar.offset == 0:  # of which tarfile has more to say
+                raise
+            raise tarfile.ReadError("it ends without the blocks that end an archive, as if it had been cut") from error
+        except tarfile.InvalidHeaderError as error:
+            if tar.offset == 0:
+                raise
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
+
+
 def read_files(stream: BinaryIO, url: str) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the files in a tar stream, but those that are no data.
 
     Raises:
-        ValueError: It holds a link in place of a file, or a second archive behind its end.
+        ValueError: It holds something else in place of a file (a link, a device), a file that is too large, or a second
+            archive behind its end.
+        tarfile.TarError: A header is damaged, the end is missing, or there are zeros alone, more than an empty archive
+            has.
     """
-    with tarfile.open(fileobj=stream, mode="r|*", encoding="utf-8", errors="backslashreplace") as tar:
+    with tarfile.open(fileobj=stream, mode="r|*", encoding="utf-8", errors="backslashreplace", tarinfo=_Member) as tar:
+        has_members, zeros = False, 0
         for member in tar:
+            has_members = True
             tar.members = []  # tarfile would keep all of them
             if _NOT_DATA.search(member.name) or not _FIRST_DOT.fullmatch(member.name):
                 continue
-            if member.issym() or member.islnk():
-                raise ValueError(
-                    f"the shard {url} holds the link {member.name!r} in place of a file: write it anew with `tar "
-                    "--dereference --hard-dereference`"
-                )
+            _check_member(member, url)
             if member.isfile():
                 yield member.name, tar.extractfile(member).read()
         while block := tar.fileobj.read(2**20):
+            zeros += len(block)
             if block.strip(b"\0"):
                 raise ValueError(
                     f"the shard {url} goes on behind its end, as files do that were joined with `cat`: join them with "
                     "`tar --concatenate`, or keep them apart"
                 )
+        if not has_members and zeros > tarfile.RECORDSIZE:
+            raise tarfile.ReadError("it holds nothing but zeros")
+
+
+def _check_member(member: tarfile.TarInfo, url: str) -> None:
+    if member.issym() or member.islnk():
+        raise ValueError(
+            f"the shard {url} holds the link {member.name!r} in place of a file: write it anew with `tar "
+            "--dereference --hard-dereference`"
+        )
+    if member.issparse() or not (member.isfile() or member.isdir()):
+        kind = "sparse file" if member.issparse() else "device or pipe"
+        raise ValueError(f"the shard {url} holds the {kind} {member.name!r}: write it anew with plain files alone")
+    if member.size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"the shard {url} holds {member.name!r} of {member.size} bytes, more than the {MAX_FILE_BYTES} of any "
+            "image, label or mask: it is damaged, or no shard of samples"
+        )
 
 
 def group_samples(files: Files, url: str) -> Iterator[tuple[str, Fields]]:
