@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from adala.distributed import STARTED_BY, SharedError, first_line, rank
+from adala.preemption import REQUEUE, Preempted
 
 # How long rank 0 may take to end, and the launcher to end the others, on a machine with much to do.
 OTHER_RANKS_WAIT_S = 10.0
@@ -74,6 +75,10 @@ def report_failure(error: BaseException, folder: Path | None = None) -> int:
         if _told_rank() == 0:
             report_error("interrupted; the same command goes on from what was saved last")
         return 130
+    if isinstance(error, Preempted):
+        if _told_rank() == 0:
+            print(f"asked to end ({error}); the same command goes on from there", file=sys.stderr, flush=True)
+        return REQUEUE
     if isinstance(error, ValueError | OSError):
         report_error(error)
     elif isinstance(error, ImportError):

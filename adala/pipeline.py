@@ -27,13 +27,14 @@ from adala.comparison import Comparer
 from adala.config import Recipe, recipe_to_yaml
 from adala.contenders import LINEARIZED, TEACHER, build_teacher_contender, linearize_contender, load_contender
 from adala.data import StreamState, TrainLoader
-from adala.distributed import device, from_rank_0, raise_together, rank, say
+from adala.distributed import any_rank, device, from_rank_0, raise_together, rank, say
 from adala.engine import Engine
 from adala.evaluation import Evaluator, FeatureStore, precision
 from adala.export import WEIGHTS, load_student, load_task_model, save_student
 from adala.files import file_digest, remove_tree, write_whole
 from adala.lineage import START, Decision, decide, refuse_changed
 from adala.plan import RunPlan, StagePlan, read_stage_task, resolve_run
+from adala.preemption import Preempted, reason_to_end
 from adala.progress import MetricWriter
 from adala.protocol import ProbeConfig, Protocol, SegmentationConfig
 from adala.report import Report, ReportRow, draw_report, print_report, read_report, write_report
@@ -70,6 +71,10 @@ def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -
             say(f"stage {number} is no part of {recipe.mechanism}'s {recipe.conversion} conversion: left out")
         did = [run_stage(plan, stage, order) for stage in plan.stages]
         if len(stages) > 1:
+            if any_rank(reason_to_end() is not None):
+                raise Preempted(
+                    f"{reason_to_end() or 'as another rank was'}: all stages are finished, and not yet scored"
+                )
             did.append(report_run(plan))
         elif any(did):
             from_rank_0(partial(_draw_curves, plan))

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,11 @@ from adala.distributed import (
 from adala.engine import Engine
 from adala.evaluation import Evaluator
 from adala.optim import rate_factor
+from adala.preemption import Preempted, reason_to_end
 from adala.progress import MetricWriter
+
+# Steps after which a GPU's answer is there without waiting for it.
+ASKED_LATER = 8
 
 
 @dataclass
@@ -60,6 +66,7 @@ class Trainer:
     _unread: list[torch.Tensor] = field(default_factory=list, init=False)
     _names: tuple[str, ...] = field(default=(), init=False)
     _reading_since: float = field(default_factory=time.perf_counter, init=False)
+    _asked_to_end: deque[torch.Tensor] = field(default_factory=partial(deque, maxlen=ASKED_LATER + 1), init=False)
 
     def fit(self) -> dict[str, float]:
         """Trains from the newest whole checkpoint, or from the start, to the last step.
@@ -70,8 +77,12 @@ class Trainer:
         Raises:
             ValueError: Loss, weights or metrics are not finite, too many steps were skipped in a row, or the data or
                 the disk are at fault; every rank raises.
+            Preempted: A rank was asked to end; all have saved.
         """
         loader = self.build_loader(self._resume())
+        began = self.step
+        if any_rank(reason_to_end() is not None):
+            raise self._preempted("nothing new to save")
         batches = iter(loader)
         if self.step == 0:
             self.evaluate()
@@ -79,7 +90,8 @@ class Trainer:
         while self.step < self.config.steps:
             self.train_step(batches)
             last = self.step == self.config.steps
-            evaluates, saves = self._due(self.config.evaluate_every), self._due(self.config.save_every)
+            ends = not last and self._is_asked_to_end()
+            evaluates, saves = self._due(self.config.evaluate_every), self._due(self.config.save_every) or ends
             logs = last or self._due(self.config.log_every)
             if logs or evaluates or saves:
                 metrics = self.read_steps(loader)
@@ -92,6 +104,8 @@ class Trainer:
                 self.evaluate()
             if saves:
                 self._save(loader)
+            if ends:
+                raise self._preempted(f"saved after {self.step - began} steps")
             if evaluates or saves:
                 self._reading_since = time.perf_counter()
         # Before the last checkpoint: one whose metrics are not finite is not to be started from.
@@ -119,10 +133,23 @@ class Trainer:
             engine.step()
         means = torch.stack(list(total.values())) / engine.gradient_accumulation_steps
         outcome = torch.stack(engine.outcome()).to(means)
+        asked = means.new_full((1,), float(reason_to_end() is not None))
         # One reduction for metrics and flags.
-        self._unread.append(all_reduce_sum(torch.cat([means, outcome])) / world_size())
+        *row, asked = all_reduce_sum(torch.cat([means, outcome, asked])).split([len(means) + len(outcome), 1])
+        self._unread.append(row[0] / world_size())
+        self._asked_to_end.append(asked)
         self._names = (*total, "skipped", "gradient_norm")
         self.step += 1
+
+    def _is_asked_to_end(self) -> bool:
+        """Whether a rank was asked to end, :data:`ASKED_LATER` steps ago on a GPU, which is not waited for; the same on
+        all ranks."""
+        late = ASKED_LATER if device().type == "cuda" else 0
+        return len(self._asked_to_end) > late and bool(self._asked_to_end.popleft() > 0)
+
+    def _preempted(self, what: str) -> Preempted:
+        where = f"at step {self.step} of {self.config.steps}, {what}"
+        return Preempted(f"{reason_to_end() or 'as another rank was'}: {where}")
 
     @property
     def has_unread_steps(self) -> bool:

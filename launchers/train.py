@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from adala.commands import run_command
+from adala.preemption import listen
 
 
 def main(arguments: list[str]) -> int:
@@ -18,6 +19,7 @@ def main(arguments: list[str]) -> int:
         from adala.pipeline import run_stages
         from adala.plan import run_folder
 
+        listen()
         command = parse_command(arguments)
         carry_out = partial(run_stages, command.recipe, command.stages, command.overwrite)
         return run_folder(command.recipe).path, carry_out

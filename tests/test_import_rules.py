@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
     {"adala.evaluation_command"},
     {"adala.attention", "adala.protocol", "adala.commands"},
     {"adala.config", "adala.failures", "adala.weights", "adala.weight_names", "adala.machine"},
+    {"adala.preemption"},
     {
         "adala.rules",
         "adala.distributed",
