@@ -16,9 +16,15 @@ start_nodes() {
   port=$((20000 + SLURM_JOB_ID % 10000))
   hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # srun takes neither --cpus-per-task from sbatch (since Slurm 22.05) nor, after sbatch --export=NONE, the environment.
-  exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  local code=0
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     --export=ALL ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    bash "$project/launchers/slurm/launch.sh" on-node "$port" "$ranks" "$hosts" "$@"
+    bash "$project/launchers/slurm/launch.sh" on-node "$port" "$ranks" "$hosts" "$@" || code=$?
+  # By this code the trainer says that it was asked to end, and has saved. The same job goes on when it is its turn.
+  if ((code == 75)); then
+    scontrol requeue "$SLURM_JOB_ID" || echo "error: the job could not be queued again: submit the same command" >&2
+  fi
+  exit "$code"
 }
 
 run_node() {
@@ -28,6 +34,8 @@ run_node() {
   # A hostfile of this node's own needs no shared folder. Its names are only counted: --no_ssh connects to none of them.
   hostfile=$(mktemp)
   trap 'rm -f "$hostfile"' EXIT
+  # For the ranks alone, which have an answer of their own; this shell and DeepSpeed's launcher would be ended by it.
+  trap '' USR2
   for host in "${hosts[@]}"; do
     slots=$ranks
     if [[ $host == "${hosts[$SLURM_NODEID]}" && ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9]+(,[0-9]+)*$ ]]; then

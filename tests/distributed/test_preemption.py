@@ -114,7 +114,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", ["a rank", "the launcher"])
 def test_through_deepspeeds_launcher(tmp_path: Path, asked: str) -> None:
-    """Its code is that of the ranks; asked itself, it asks them, gives them half a minute, and has a code of its own."""
+    """Its code is that of the ranks; asked itself, it asks them, waits half a minute, and has a code of its own."""
     recipe = write_tiny_recipe(tmp_path, stage2={**STAGE, "steps": 5000})
     folder = tmp_path / "runs" / "tiny-run" / "stage2"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]

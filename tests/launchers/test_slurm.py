@@ -157,6 +157,29 @@ def test_failure_on_the_second_node_alone_fails_the_job(tmp_path: Path, showing_
     }  # fmt: skip
 
 
+ASKED_TRAIN = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(int(os.environ["CODE_WHEN_ASKED"])))
+if os.environ["RANK"] == "0":
+    # As Slurm does: every process of the step, srun's stand-in beside it.
+    os.killpg(os.getpgid(0), signal.SIGUSR2)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(75, True), (1, False)])
+def test_notice_of_the_limit_reaches_the_ranks_alone_and_has_the_job_queued_again(
+    tmp_path: Path, showing_project: Path, code: int, is_requeued: bool
+) -> None:
+    (showing_project / "launchers" / "train.py").write_text(ASKED_TRAIN)
+    finished = submit(
+        2, folder=tmp_path, project=showing_project, SLURM_JOB_ID="71234567", SLURM_GPUS_ON_NODE="2",
+        STANDIN_GPUS="0,1", CODE_WHEN_ASKED=str(code),
+    )  # fmt: skip
+    assert finished.returncode == code, finished.stdout
+    assert ("requeued 71234567" in finished.stdout.splitlines()) == is_requeued
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
