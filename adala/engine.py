@@ -99,7 +99,8 @@ class Engine:
         self._trains = False
         self._norm = math.nan
         self._is_norm_finite: bool | None = None
-        self._guard_updates(optimizer)
+        if self.zero_stage == 0 or (config.dtype == torch.bfloat16 and self.zero_stage < 3):
+            self._guard_updates(optimizer)
         if not uses_gpu():
             unlink_allreduce_buffers()
         if config.rounds_weights:

@@ -130,7 +130,7 @@ def export_model(
     with torch.no_grad():
         # Before anything is traced: what is computed once and kept (cosFormer's angles) must not be a tracer's.
         output = "features" if expected(shown[:1]).ndim == 3 else "scores"
-    with _in_place_when_done(path) as partial_path:
+    with _in_place_when_done(path) as partial_path, _flags_kept():
         if form == "hf":
             run = _write_hugging_face(source, expected, image_size, partial_path, licence)
         else:
@@ -292,6 +292,29 @@ def _fix_size(backbone: Backbone) -> None:
         backbone.dynamic_img_size = False
         # As timm's constructors leave them then: tokens in one row, which a grid is for other sizes.
         backbone.patch_embed.flatten, backbone.patch_embed.output_fmt = True, Format.NCHW
+
+
+@contextmanager
+def _flags_kept() -> Iterator[None]:
+    """Has torch.export find one flag of TF32 for all of cuDNN, and puts back what it has changed.
+
+    For its time it switches libraries off. It asks for that one flag meanwhile, fails where TF32 was set for
+    convolutions or recurrent networks alone, and then leaves oneDNN off for the rest of the process (seen with PyTorch
+    2.14).
+    """
+    cudnn, uses_onednn = torch.backends.cudnn, torch.backends.mkldnn.enabled
+    apart: tuple[str, str] | None = None
+    try:
+        _ = cudnn.allow_tf32
+    except RuntimeError:
+        apart = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+        cudnn.allow_tf32 = True  # which is what the one flag was, as nobody has set it
+    try:
+        yield
+    finally:
+        if apart is not None:
+            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = apart
+        torch.backends.mkldnn.enabled = uses_onednn
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from adala.conversion import ADALA
 from adala.optim import build_optimizer, freeze_except, rate_factor
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.stages import AttentionAlignment, FeatureAlignment
-from adala.students import LinearizedVisionTransformer, linearize, linearized_blocks
+from adala.students import LinearizedModel, linearize, linearized_blocks
 
 SHORT = {"steps": (6, 4), "lr": (2e-3, 1e-3), "warmup_steps": (2, 1), "progress": False}
 
@@ -31,7 +31,7 @@ def batches() -> list[Tensor]:
     return list(torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(5)).split(4))
 
 
-def student_of(teacher: VisionTransformer, mechanism: str = "linear") -> LinearizedVisionTransformer:
+def student_of(teacher: VisionTransformer, mechanism: str = "linear") -> LinearizedModel:
     return linearize(teacher, mechanism)
 
 
@@ -39,7 +39,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def by_hand(student: LinearizedVisionTransformer, teacher: VisionTransformer, batches: list[Tensor]) -> list[float]:
+def by_hand(student: LinearizedModel, teacher: VisionTransformer, batches: list[Tensor]) -> list[float]:
     """Every loss of the two stages under ``SHORT``, in plain PyTorch around the stage modules."""
     losses, stream = [], iter(batches * 4)
     for number, build in enumerate((AttentionAlignment, FeatureAlignment)):

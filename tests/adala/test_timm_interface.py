@@ -16,7 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_teacher import build_tiny_teacher
 from torch import Tensor, nn
 
-from adala.students import LinearizedVisionTransformer, linearize
+from adala.families.vision_transformer import LinearizedVisionTransformer
+from adala.students import LinearizedModel, linearize
 
 REGISTERS = {"reg_tokens": 4, "no_embed_class": True}
 METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers", "forward_head")
@@ -34,13 +35,13 @@ def teacher(request: pytest.FixtureRequest) -> VisionTransformer:
 
 
 @pytest.fixture
-def softmax(teacher: VisionTransformer) -> LinearizedVisionTransformer:
+def softmax(teacher: VisionTransformer) -> LinearizedModel:
     """A student whose shells compute the teacher's own attention."""
     return linearize(teacher, "softmax").eval()
 
 
 @pytest.fixture
-def linear(teacher: VisionTransformer) -> LinearizedVisionTransformer:
+def linear(teacher: VisionTransformer) -> LinearizedModel:
     return linearize(teacher, "linear").eval()
 
 

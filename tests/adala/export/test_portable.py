@@ -295,13 +295,29 @@ def test_a_missing_package_is_named(missing: str, tmp_path: Path, monkeypatch: p
         adala.export(student_of("linear"), tmp_path / "x.onnx")
 
 
-def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_of_torchs_libraries_stay_as_they_were(tmp_path: Path) -> None:
+    """And where these differ among themselves, as the bench leaves them, an export goes on."""
+    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = conv.fp32_precision, rnn.fp32_precision
+    try:
+        conv.fp32_precision, rnn.fp32_precision = "ieee", "tf32"
+        adala.export(student_of("linear"), tmp_path / "x.pt2")
+        assert (conv.fp32_precision, rnn.fp32_precision) == ("ieee", "tf32")
+        assert torch.backends.mkldnn.enabled
+    finally:
+        conv.fp32_precision, rnn.fp32_precision = before
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
     try:
-        with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and there is none: install g"):
+        # Not by monkeypatch, which deletes a setting in the place of putting it back.
+        with (
+            torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler")),
+            pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and there is none: install g"),
+        ):
             adala.export(student_of("linear"), tmp_path / "x.pt2", compiled=True)
     finally:
         torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
