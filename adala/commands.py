@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adala.distributed import SharedError, close_distributed, init_distributed, local_rank
 from adala.failures import report_failure
+from adala.preemption import stop_listening
 
 
 def run_command(prepare: Callable[[], tuple[Path, Callable[[], None]]]) -> int:
@@ -34,5 +35,7 @@ def run_command(prepare: Callable[[], tuple[Path, Callable[[], None]]]) -> int:
         carry_out()
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error, folder)
+    finally:
+        stop_listening()
     close_distributed()
     return 0

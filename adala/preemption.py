@@ -7,6 +7,7 @@ The trainer looks at the end of each step, saves on all ranks together, and the 
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 from adala.distributed import STARTED_BY
 
@@ -15,7 +16,9 @@ REQUEUE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 _told: str | None = None
-_launcher: int | None = None
+# Of a rank that a launcher has started: its own process and the launcher. A process that is forked from it has neither.
+_place: tuple[int, int] | None = None
+_before: dict[signal.Signals, Any] = {}
 
 
 class Preempted(Exception):
@@ -27,11 +30,20 @@ def listen() -> None:
 
     A rank that a launcher has started also notes when that is gone: nobody would see it train on.
     """
-    global _launcher
+    global _place
     for number in SIGNALS:
-        signal.signal(number, _note)
+        _before[number] = signal.signal(number, _note)
     if any(os.environ.get(name) for name in ("RANK", *STARTED_BY.values())):
-        _launcher = os.getppid()
+        _place = os.getpid(), os.getppid()
+
+
+def stop_listening() -> None:
+    """Has signals do again what they did before :func:`listen`, and forgets what was noted."""
+    global _told, _place
+    _told = _place = None
+    while _before:
+        number, action = _before.popitem()
+        signal.signal(number, action)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -43,12 +55,6 @@ def reason_to_end() -> str | None:
     """Why this rank is to end, in words; None where it is not."""
     if _told is not None:
         return _told
-    if _launcher is not None and os.getppid() != _launcher:
+    if _place is not None and _place[0] == os.getpid() and _place[1] != os.getppid():
         return "its launcher has ended"
     return None
-
-
-def forget() -> None:
-    """Forgets what was noted; for tests."""
-    global _told, _launcher
-    _told = _launcher = None
