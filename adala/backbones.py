@@ -177,7 +177,7 @@ def build_backbone(
         pretrained: Whether the weights that go by the name are loaded.
 
     Raises:
-        ValueError: Unknown name, wrong arguments, a model that is not a plain ViT, an image size that the patch does
+        ValueError: Unknown name, wrong arguments, a model of no supported family, an image size that the patch does
             not divide, or weights that cannot be had.
     """
     named = resolve_name(name, model_args)

@@ -246,11 +246,9 @@ def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> T
 
 def preparation_of(task: Task | None, view: View, augmentation: str | None = None) -> Preparation:
     """What becomes of a sample: with the task's target, or the image alone; as held-out where nothing is augmented."""
-    return (
-        task.prepare(view, augmentation)
-        if task
-        else prepare_images(view.image_transform(augmentation, as_uint8=view.trains_on_uint8))
-    )
+    if task is not None:
+        return task.prepare(view, augmentation)
+    return prepare_images(view.image_transform(augmentation, as_uint8=view.trains_on_uint8))
 
 
 def build_evaluation_loader(

@@ -36,7 +36,7 @@ class TeacherConfig(Checked):
     """The pretrained softmax ViT that is adapted."""
 
     name: str = "vit_tiny_patch16_224"
-    """timm model name of a plain ViT (DINOv2, CLIP, SigLIP, ...), or ``local-dir:FOLDER``, or ``hf-hub:OWNER/NAME``."""
+    """timm model name of a ViT (docs/BACKBONES.md), or ``local-dir:FOLDER``, or ``hf-hub:OWNER/NAME``."""
     pretrained: bool = False
     """Whether timm fetches the pretrained weights of that name."""
     checkpoint: str | None = None

@@ -99,7 +99,9 @@ class Engine:
         self._trains = False
         self._norm = math.nan
         self._is_norm_finite: bool | None = None
-        if self.zero_stage == 0 or (config.dtype == torch.bfloat16 and self.zero_stage < 3):
+        # What has this switch looks at the norms of float32 gradients alone where it is off; all others look at all.
+        looks = getattr(self._engine.optimizer, "check_grad_overflow", True) or config.dtype == torch.float32
+        if self.zero_stage == 0 or not looks:
             self._guard_updates(optimizer)
         if not uses_gpu():
             unlink_allreduce_buffers()
@@ -133,8 +135,8 @@ class Engine:
     def _guard_updates(self, optimizer: torch.optim.Optimizer) -> None:
         """Has an update left out where the norm of the gradient is not finite.
 
-        Without ZeRO nobody else looks at it, and of bf16 gradients ZeRO 1 and 2 only with a check of every single one,
-        which takes more calls than all else in a step. A norm is the same on all ranks.
+        Without ZeRO nobody else looks at it, and of bf16 gradients DeepSpeed's optimizer of ZeRO 1 and 2 only with a
+        check of every single one, which takes more calls than all else in a step. A norm is the same on all ranks.
         """
         update = optimizer.step
 

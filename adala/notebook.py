@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from adala.conversion import ADALA
@@ -20,6 +20,7 @@ from adala.distributed import device
 from adala.evaluation import measure_speed
 from adala.families import Backbone
 from adala.optim import build_optimizer, freeze_except, rate_factor
+from adala.progress import build_bar
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.stages import AttentionAlignment, FeatureAlignment, Stage
 from adala.students import LinearizedModel
@@ -115,7 +116,7 @@ def align(
         for model in (student, teacher):
             context.enter_context(_features_only(model))
         context.enter_context(_autocast(student, bf16))
-        bar = context.enter_context(_build_bar(progress))
+        bar = context.enter_context(build_bar(progress))
         before = _compare(student, teacher, measured)
         for number, (name, build) in enumerate(STAGES.items()):
             if steps[number]:
@@ -387,14 +388,3 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
 
 def _autocast(model: nn.Module, bf16: bool) -> torch.autocast:
     return torch.autocast(_device(model).type, torch.bfloat16, enabled=bf16)
-
-
-def _build_bar(visible: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        disable=not visible,
-    )

@@ -72,9 +72,7 @@ def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -
         did = [run_stage(plan, stage, order) for stage in plan.stages]
         if len(stages) > 1:
             if any_rank(reason_to_end() is not None):
-                raise Preempted(
-                    f"{reason_to_end() or 'as another rank was'}: all stages are finished, and not yet scored"
-                )
+                raise Preempted("all stages are finished, and not yet scored")
             did.append(report_run(plan))
         elif any(did):
             from_rank_0(partial(_draw_curves, plan))

@@ -24,6 +24,10 @@ _before: dict[signal.Signals, Any] = {}
 class Preempted(Exception):
     """The run was asked to end, and has saved what it had."""
 
+    def __init__(self, where: str):
+        """Says why this rank ends, and ``where`` the run was."""
+        super().__init__(f"{reason_to_end() or 'as another rank was'}: {where}")
+
 
 def listen() -> None:
     """Has this process note :data:`SIGNALS` from here on instead of ending at once.

@@ -39,7 +39,7 @@ class MetricWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = MetricLog(folder)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard")) if tensorboard else None
-        self._bar = _build_bar() if sys.stdout.isatty() else None
+        self._bar = build_bar() if sys.stdout.isatty() else None
         self._task = self._bar.add_task(title, total=steps, note="") if self._bar else None
         if self._bar:
             self._bar.start()
@@ -71,7 +71,8 @@ class MetricWriter:
                 self._bar.stop()
 
 
-def _build_bar() -> Progress:
+def build_bar(visible: bool = True) -> Progress:
+    """A bar of steps with a note beside it; tasks need a ``note``."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -79,4 +80,5 @@ def _build_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(highlight=False),
+        disable=not visible,
     )

@@ -82,7 +82,7 @@ class Trainer:
         loader = self.build_loader(self._resume())
         began = self.step
         if any_rank(reason_to_end() is not None):
-            raise self._preempted("nothing new to save")
+            raise Preempted(f"at step {self.step} of {self.config.steps}, nothing new to save")
         batches = iter(loader)
         if self.step == 0:
             self.evaluate()
@@ -105,7 +105,7 @@ class Trainer:
             if saves:
                 self._save(loader)
             if ends:
-                raise self._preempted(f"saved after {self.step - began} steps")
+                raise Preempted(f"at step {self.step} of {self.config.steps}, saved after {self.step - began} steps")
             if evaluates or saves:
                 self._reading_since = time.perf_counter()
         # Before the last checkpoint: one whose metrics are not finite is not to be started from.
@@ -135,9 +135,9 @@ class Trainer:
         outcome = torch.stack(engine.outcome()).to(means)
         asked = means.new_full((1,), float(reason_to_end() is not None))
         # One reduction for metrics and flags.
-        *row, asked = all_reduce_sum(torch.cat([means, outcome, asked])).split([len(means) + len(outcome), 1])
-        self._unread.append(row[0] / world_size())
-        self._asked_to_end.append(asked)
+        reduced = all_reduce_sum(torch.cat([means, outcome, asked]))
+        self._unread.append(reduced[:-1] / world_size())
+        self._asked_to_end.append(reduced[-1])
         self._names = (*total, "skipped", "gradient_norm")
         self.step += 1
 
@@ -146,10 +146,6 @@ class Trainer:
         all ranks."""
         late = ASKED_LATER if device().type == "cuda" else 0
         return len(self._asked_to_end) > late and bool(self._asked_to_end.popleft() > 0)
-
-    def _preempted(self, what: str) -> Preempted:
-        where = f"at step {self.step} of {self.config.steps}, {what}"
-        return Preempted(f"{reason_to_end() or 'as another rank was'}: {where}")
 
     @property
     def has_unread_steps(self) -> bool:

@@ -167,3 +167,18 @@ def test_which_form_is_taken_is_told(mixer) -> None:
 def test_another_kernel_is_refused(mixer) -> None:
     with pytest.raises(ValueError, match="unknown kernel 'fast': known are auto, fused, reference"):
         set_kernel("fast")
+
+
+def test_compiled_it_gives_way_to_plain_operations(mixer: LinearMixer) -> None:
+    """Of which the compiler makes better than of an operator that it cannot look into; the values are the same."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    qkv, layout = packed(1, 17, torch.float32), TokenLayout((4, 4), 1)
+    eager = mixer.mix_packed(qkv, layout)
+    compiled = torch.compile(lambda x: mixer.mix_packed(x, layout), backend=backend, fullgraph=True)(qkv)
+    torch.testing.assert_close(compiled, eager)
+    assert len(graphs) == 1 and "elu_attention" not in graphs[0] and "exp" in graphs[0]

@@ -5,8 +5,10 @@ import math
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,3 +270,16 @@ def reductions_of_a_step(recipe: Path) -> tuple[int, int]:
 
 def test_a_step_reduces_once_and_waits_for_no_value(recipe: Path) -> None:
     assert on_ranks(2, reductions_of_a_step, recipe) == [(1, 0)] * 2
+
+
+def test_on_a_gpu_the_question_is_read_once_its_answer_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that the device is through with; on a CPU of the step just taken."""
+    asked = [torch.tensor(0.0), torch.tensor(1.0), *[torch.tensor(0.0)] * 7]
+    for kind, expected in (("cpu", [False, True]), ("cuda", [False])):
+        monkeypatch.setattr("adala.trainer.device", lambda kind=kind: SimpleNamespace(type=kind))
+        trainer = SimpleNamespace(_asked_to_end=deque(asked))
+        assert [Trainer._is_asked_to_end(trainer) for _ in expected] == expected
+    # Eight are left, all of which may be on their way; with one more, the one that was asked is read.
+    assert not Trainer._is_asked_to_end(trainer)
+    trainer._asked_to_end.append(torch.tensor(0.0))
+    assert Trainer._is_asked_to_end(trainer)

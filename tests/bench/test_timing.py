@@ -1,11 +1,13 @@
 """Rounds, ratios and crossovers on a clock that only moves when told."""
 
+import contextlib
 import math
 import platform
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from sweep import doubling_grids
 from timing import (
     Runner,
     Samples,
+    captured,
     compiled,
     fastest_sdpa_backend,
     interleave,
@@ -223,3 +226,34 @@ def test_one_compiled_graph_serves_all_blocks_of_a_network_and_no_other():
             torch.testing.assert_close(twin(images), model(images))
         assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"], mechanism
         assert {id(tensor) for tensor in twin.parameters()} == {id(tensor) for tensor in model.parameters()}
+
+
+def test_on_a_gpu_a_call_is_warmed_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for CUDA: three calls on a stream of their own, one while the graph is recorded, no more."""
+    seen: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append("replay")
+
+    @contextlib.contextmanager
+    def within(name: str):
+        seen.append(f"{name}:")
+        yield
+        seen.append(":")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_in = SimpleNamespace(
+        device=lambda device: contextlib.nullcontext(),
+        Stream=lambda device: stream,
+        current_stream=lambda device: stream,
+        stream=lambda stream: within("stream"),
+        CUDAGraph=Graph,
+        graph=lambda graph: within("graph"),
+    )
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    runner = Runner(lambda: seen.append("call") or "output", lambda: within("context"))
+    replayed = captured(runner, torch.device("cuda"))
+    assert seen == ["context:", "stream:", *["call"] * 3, ":", "graph:", "call", ":", ":"]
+    assert replayed.call() == "output" and seen[-1] == "replay" and seen.count("call") == 4
+    assert captured(runner, torch.device("cpu")) is runner
