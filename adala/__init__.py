@@ -9,10 +9,11 @@ Of one's own, in four verbs: ``linearize``, ``align``, ``evaluate``, ``export``.
 import importlib
 
 # At once: importing the module later, by whatever way, would put the module in the place of the function.
-from adala.students import linearize
+from adala.students import linearize, restore_softmax
 
 _LAZY = {
     "align": "adala.notebook",
+    "choose_softmax_blocks": "adala.notebook",
     "load_teacher": "adala.backbones",
     "load_student": "adala.export",
     "load_task_model": "adala.export",
@@ -23,7 +24,7 @@ _LAZY = {
 # Modules that can be called.
 _VERBS = ("evaluate", "export")
 
-__all__ = [*_VERBS, "linearize", *_LAZY]
+__all__ = [*_VERBS, "linearize", "restore_softmax", *_LAZY]
 
 
 def __getattr__(name: str) -> object:

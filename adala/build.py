@@ -1,7 +1,7 @@
 """From a plan to the things that a stage is made of: teacher, student, stage module, engine, loaders."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,19 +11,27 @@ from torch import nn
 
 from adala.attention import insert_lora
 from adala.backbones import build_backbone, check_image_size, load_teacher
-from adala.checkpoint import KEPT_CHECKPOINTS
 from adala.conversion import LoraSpec
-from adala.data import EvaluationLoader, Preparation, ShardIndex, StreamState, TrainLoader, View, prepare_images
+from adala.data import (
+    EvaluationLoader,
+    Mixture,
+    Preparation,
+    ShardIndex,
+    StreamState,
+    TrainLoader,
+    View,
+    prepare_images,
+)
 from adala.distributed import device, from_rank_0, rank, say, world_size
 from adala.evaluation import Features, collect_features, fit_probe
 from adala.export import WEIGHTS, has_student, load_student, read_description
 from adala.families import Backbone
-from adala.files import file_digest
+from adala.files import file_digest, value_digest
 from adala.optim import build_optimizer, freeze_except, freeze_matching
 from adala.plan import DataPlan, ModelPlan, RunPlan, StagePlan, TeacherPlan
 from adala.runs import RunFolder
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
-from adala.students import LinearizedModel, linearize
+from adala.students import LinearizedModel, restore_softmax
 from adala.tasks import Task
 
 if TYPE_CHECKING:
@@ -31,6 +39,16 @@ if TYPE_CHECKING:
 
 # Images on which the variance of a stage's targets is measured.
 CALIBRATION_SAMPLES = 128
+# What must be the same of two students for one to go on from the other.
+MADE_OF = (
+    "backbone",
+    "model_args",
+    "mechanism",
+    "mechanism_options",
+    "keep",
+    "block_mechanisms",
+    "block_mechanism_options",
+)
 
 
 def build_teacher(plan: TeacherPlan) -> Backbone:
@@ -43,8 +61,7 @@ def build_teacher(plan: TeacherPlan) -> Backbone:
 
 def unaligned_student(model: ModelPlan, teacher: Backbone) -> LinearizedModel:
     """The linearized teacher, in training mode."""
-    student = model.student
-    return linearize(teacher, student.mechanism, student.keep, student.mechanism_options, model.seed)
+    return model.student.linearize(teacher, model.seed)
 
 
 @dataclass(frozen=True)
@@ -55,24 +72,47 @@ class Start:
         folder: Where it lies; None is the linearized teacher.
         digest: What identifies it.
         origin: In words.
+        keep: Blocks of it that keep softmax attention.
+        restored: Those among them that get it back only now: in the folder they are linearized.
     """
 
     folder: Path | None
     digest: str
     origin: str
+    keep: tuple[int, ...] = ()
+    restored: tuple[int, ...] = ()
+
+    def restoring(self, blocks: Sequence[int]) -> "Start":
+        """The same student with the teacher's softmax attention in ``blocks``."""
+        numbers = ", ".join(map(str, blocks))
+        return replace(
+            self,
+            digest=value_digest([self.digest, *blocks]),
+            origin=f"{self.origin}, with the teacher's softmax attention in the blocks {numbers}, which a search chose",
+            keep=tuple(blocks),
+            restored=tuple(blocks),
+        )
 
 
 def find_start(run: RunFolder, plan: StagePlan) -> Start:
     """Where the stage starts from, as it lies on the disk now; rank 0 calls it.
 
+    Where a search decides which blocks keep softmax attention, the student may be one of which none does yet.
+
     Raises:
-        ValueError: ``start_from`` names a folder without a student, or one of another teacher, model or mechanism.
+        ValueError: ``start_from`` names a folder without a student, or one of another teacher, model or mechanism; or
+            there is to be a search, and no student that could be searched.
     """
     number, start_from = plan.number, plan.config.start_from
     if start_from == "linearized":
         return Start(None, "linearized", f"the linearized teacher, as stage{number}.start_from says")
     if start_from == "auto":
         earlier = [n for n in range(number - 1, 0, -1) if run.stage(n).record() and has_student(run.stage(n).path)]
+        if not earlier and plan.search is not None:
+            raise ValueError(
+                f"keep is auto:{plan.search.budget.text}, which is chosen after Stage 1, and the run {run.path} has no "
+                "finished stage 1: run --stage 1 first, or --stage all"
+            )
         if not earlier:
             missing = f" (no stage {number - 1} in this run)" if number > 1 else ""
             return Start(None, "linearized", f"the linearized teacher{missing}")
@@ -81,20 +121,31 @@ def find_start(run: RunFolder, plan: StagePlan) -> Start:
     else:
         folder = Path(start_from).expanduser()
     found = read_description(folder)
-    for key in ("backbone", "model_args", "mechanism", "mechanism_options", "keep"):
-        ours = getattr(plan.model.student, key)
+    expected = plan.model.student
+    if plan.search is not None:
+        # The student of a later stage of this run is a hybrid that was chosen before.
+        if found.keep and not (start_from == "auto" and earlier[0] > 1):
+            raise ValueError(
+                f"the student in {folder} has softmax attention in block {found.keep[0]} already, and keep is "
+                f"auto:{plan.search.budget.text}: list the blocks in keep, or start from a student that has none"
+            )
+        expected = plan.keeping(found.keep).model.student
+    for key in MADE_OF:
+        ours = getattr(expected, key)
         if getattr(found, key) != ours:
             raise ValueError(
                 f"the student in {folder} has {key} {getattr(found, key)!r}, this recipe {ours!r}: "
                 f"choose another --run_name, or --stage{number}.start_from linearized"
             )
-    return Start(folder, file_digest(folder / WEIGHTS), f"the student in {folder}")
+    return Start(folder, file_digest(folder / WEIGHTS), f"the student in {folder}", tuple(found.keep))
 
 
 def _check_same_model(run: RunFolder, earlier: int, plan: StagePlan) -> None:
     before = run.stage(earlier).record().conditions
     for key, now in plan.conditions.items():
-        if key.startswith(("teacher.", "mechanism", "keep")) and before.get(key) != now:
+        if key == "keep" and plan.search is not None and earlier == 1:
+            now = []
+        if key.startswith(("teacher.", "mechanism", "keep", "block_mechanism")) and before.get(key) != now:
             raise ValueError(
                 f"stage {earlier} of {run.path} was made with {key} {before.get(key)!r}, this recipe has {now!r}: run "
                 f"it again (--stage {earlier} --overwrite), choose another --run_name, or "
@@ -106,7 +157,9 @@ def load_start(start: Start, model: ModelPlan, teacher: Backbone) -> LinearizedM
     """The student that a stage starts from, on this rank's device, everything trainable."""
     if start.folder is None:
         return unaligned_student(model, teacher)
-    return load_student(start.folder).to(device()).train().requires_grad_(True)
+    student = load_student(start.folder).to(device()).train().requires_grad_(True)
+    restore_softmax(student, teacher, start.restored)
+    return student
 
 
 def prepare_student(plan: StagePlan, student: LinearizedModel) -> None:
@@ -147,7 +200,18 @@ def _build_attention_alignment(plan: StagePlan, student: LinearizedModel, teache
 
 
 def _build_feature_alignment(plan: StagePlan, student: LinearizedModel, teacher: Backbone) -> FeatureAlignment:
-    return FeatureAlignment(student, teacher, plan.config.loss)
+    config = plan.config
+    try:
+        return FeatureAlignment(
+            student,
+            teacher,
+            config.loss,
+            global_weight=config.global_weight,
+            intermediate_weight=config.intermediate_weight,
+            intermediate_blocks=config.intermediate_blocks,
+        )
+    except ValueError as error:
+        raise ValueError(f"stage{plan.number}.{error}") from error
 
 
 def _build_finetuning(
@@ -222,11 +286,17 @@ def build_engine(plan: StagePlan, stage: nn.Module) -> "Engine":
         plan.micro_batch_size,
         plan.gradient_accumulation_steps,
         config.gradient_clipping,
+        keeps_average=config.ema > 0,
     )
 
 
-def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> TrainLoader:  # noqa: B008 (immutable)
-    """The stage's training batches on this rank, from where ``state`` stands."""
+def build_train_loader(
+    plan: StagePlan,
+    state: StreamState = StreamState(),  # noqa: B008 (immutable)
+    step: int = 0,
+) -> TrainLoader:
+    """The stage's training batches on this rank, from where ``state`` stands, as ``step`` wants them."""
+    plan = plan.at(step)
     data = plan.data
     return TrainLoader(
         plan.training,
@@ -241,6 +311,7 @@ def build_train_loader(plan: StagePlan, state: StreamState = StreamState()) -> T
         shuffle_buffer=data.shuffle_buffer,
         pin_memory=device().type == "cuda",
         state=state,
+        max_bad_fraction=data.max_bad_fraction,
     )
 
 
@@ -277,12 +348,14 @@ def build_evaluation_loader(
         world_size=1 if alone else world_size(),
         num_workers=data.num_workers,
         limit=limit,
+        max_bad_fraction=data.max_bad_fraction,
     )
 
 
-def build_monitor_loader(plan: StagePlan) -> EvaluationLoader:
-    """What a stage is evaluated on while it trains."""
-    return build_evaluation_loader(plan.data, plan.held_out, plan.monitor_samples, plan.task)
+def build_monitor_loader(plan: StagePlan, name: str | None = None) -> EvaluationLoader:
+    """What a stage is evaluated on while it trains: a held-out set by name, or the first."""
+    held_out = plan.held_out if name is None else plan.held_out_sets[name]
+    return build_evaluation_loader(plan.data, held_out, plan.monitor_samples, plan.task)
 
 
 def outline_stage(plan: StagePlan) -> Stage:
@@ -295,8 +368,12 @@ def outline_stage(plan: StagePlan) -> Stage:
     with torch.device("meta"):
         teacher = build_backbone(model.teacher.name, model.teacher.image_size, model.teacher.model_args)
         check_image_size(teacher, model.teacher.image_size)
-        check_image_size(teacher, plan.data.view.image_size)
-        student = unaligned_student(model, teacher)
+        for size in (plan.data.view.image_size, *(change.image_size for change in plan.size_changes)):
+            check_image_size(teacher, size)
+        if plan.search is not None:
+            # Which blocks will keep softmax is not known yet; any are as large as any.
+            plan = plan.keeping(range(plan.search.count))
+        student = unaligned_student(plan.model, teacher)
         prepare_student(plan, student)
         return build_stage(plan, student, teacher)
 
@@ -314,19 +391,27 @@ def rehearse(plan: RunPlan) -> None:
     needed = 0
     for stage_plan in plan.stages:
         stage = outline_stage(stage_plan)
-        build_train_loader(stage_plan)
-        build_monitor_loader(stage_plan)
+        for first_step in (0, *(change.from_step for change in stage_plan.size_changes)):
+            build_train_loader(stage_plan, step=first_step)
+        for name in stage_plan.held_out_sets:
+            build_monitor_loader(stage_plan, name)
         needed += _bytes_on_disk(stage_plan, stage)
     _check_disk(plan.run.path, needed)
 
 
 def _bytes_on_disk(plan: StagePlan, stage: Stage) -> int:
     """About what a stage leaves there: its last checkpoints, and its student in float32."""
+    config = plan.config
     weights = 4 * sum(parameter.numel() for parameter in stage.parameters())
-    # AdamW's two moments and the float32 weights of what trains.
-    checkpoint = weights + 12 * sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad)
-    saved = 1 + (plan.config.steps - 1) // plan.config.save_every if plan.config.save_every else 1
-    return min(KEPT_CHECKPOINTS, saved) * checkpoint + weights
+    # AdamW's two moments, and an average where one is kept, besides the float32 weights of what trains.
+    kept = 12 if config.ema else 8
+    checkpoint = weights + kept * sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad)
+    # One is being written before the oldest goes.
+    newest = min(config.keep_last + 1, config.steps)
+    if not config.save_every_minutes:
+        newest = min(newest, 1 + (config.steps - 1) // config.save_every if config.save_every else 1)
+    for_good = config.steps // config.keep_every if config.keep_every else 0
+    return (newest + for_good) * checkpoint + weights
 
 
 def _check_disk(path: Path, needed: int) -> None:
@@ -340,8 +425,16 @@ def _check_disk(path: Path, needed: int) -> None:
 
 
 def say_stream(plan: StagePlan, loader: TrainLoader) -> None:
-    """Says how the training samples divide into steps."""
-    say(
-        f"{plan.training.num_samples} training samples in {len(plan.training.shards)} shards: "
-        f"{loader.steps_per_epoch} steps an epoch, {loader.dropped_samples} samples of each epoch dropped at its end"
-    )
+    """Says how the training samples divide into steps, and of a mixture in which proportions its sources come."""
+    index, steps = plan.training, loader.steps_per_epoch
+    held = f"{index.num_samples} training samples in {len(index.shards)} shards: {steps} steps an epoch"
+    if not index.sources:
+        say(f"{held}, {loader.dropped_samples} samples of each epoch dropped at its end")
+        return
+    mixture = Mixture.of(index)
+    read = [share * steps * loader.global_batch_size for share in mixture.shares]
+    sources = [
+        f"source {number}, {share:.3%} ({size} samples, {count / size:.3g} times an epoch)"
+        for number, (share, size, count) in enumerate(zip(mixture.shares, mixture.sizes, read, strict=True))
+    ]
+    say(f"{held}, none dropped; a mixture of {'; '.join(sources)}")

@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, D embed dim, h x w patch grid, K classes.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adala.build import build_evaluation_loader
+from adala.config import val_key
 from adala.contenders import Contender
-from adala.data import Preparation
+from adala.data import Preparation, ShardIndex
 from adala.distributed import SharedError, device, from_rank_0, gather_objects
 from adala.evaluation import (
     BlockReport,
     Candidate,
     DenseHead,
     DenseSettings,
+    Features,
     FeatureStore,
     LbfgsSettings,
     SgdSettings,
@@ -43,10 +45,11 @@ from adala.evaluation import (
     raising_together,
 )
 from adala.evaluation.evaluator import compute_metrics
+from adala.evaluation.linear_probe import top_k
 from adala.evaluation.speed import measure_speed
 from adala.evaluation.token_rows import FrozenHead, InPrecision, RowCollector
 from adala.families import Backbone
-from adala.feature_rows import HELD_OUT, TRAIN, FeatureRows
+from adala.feature_rows import TRAIN, FeatureRows, held_out_split
 from adala.plan import DataPlan, EvaluationPlan
 from adala.protocol import Protocol
 from adala.tasks import Task
@@ -61,14 +64,16 @@ class Comparison:
     """What was measured.
 
     Attributes:
-        measures: By contender, and by baseline without a model.
+        measures: By contender, and by baseline without a model. Where held-out sets have names, what is measured on
+            one has its name before it; see :func:`of_held_out`.
         notes: By the same names, what was left out of a row and why.
         left_out: Measures that were asked for and that no model has, and why.
         heads: What makes decisions of features, by contender, on every rank: its own head, or else a frozen one that
             was fitted on patch features.
         blocks: Errors by block.
         details: What is no single number, as JSON: errors by block, IoU by class, rates that were chosen.
-        samples: How many could be read, by split; the same for all models.
+        samples: How many could be read, by split (``training``, ``held-out``, ``held-out photos``); the same for all
+            models.
         unusable: Held-out samples that could not be read, and are left out of all rows alike.
     """
 
@@ -105,9 +110,9 @@ class Comparer:
             probes_tuned: Whether a model whose own head is scored is probed, too.
         """
         self.contenders, self.data, self.protocol = contenders, data, protocol
-        self.task, self.held_out = evaluation.task, evaluation.held_out
+        self.task, self.sets = evaluation.task, evaluation.held_out_sets
         self.teacher = next(iter(contenders.values())).model
-        self.autocast = autocast_of(protocol)
+        self.autocast, self.limit = autocast_of(protocol), protocol.held_out_samples
         self.wants = set(protocol.measures)
         kind = self.task.probe if self.task and evaluation.probe_train else None
         self.is_dense = kind == "dense" and "segmentation" in self.wants
@@ -119,7 +124,8 @@ class Comparer:
         self.probed = {name: one for name, one in contenders.items() if probes_tuned or name not in self.heads}
         self.rows = None
         if self.is_dense or self.is_pooled:
-            self.rows = FeatureRows(self.probed, data, evaluation, store, section.train_samples, self.autocast)
+            samples = (section.train_samples, self.autocast, protocol.held_out_samples)
+            self.rows = FeatureRows(self.probed, data, evaluation, store, *samples)
 
     def compare(self) -> Comparison:
         """Every measure that the protocol asks for and data and models allow; every rank calls it and gets the same.
@@ -127,7 +133,8 @@ class Comparer:
         Raises:
             ValueError: Data or features that cannot be used; every rank raises.
         """
-        self._pass_held_out()
+        for of_set in self.sets:
+            self._pass_held_out(of_set)
         if self.is_pooled or self.is_dense:
             self._pass_train()
         if self.is_pooled:
@@ -157,25 +164,29 @@ class Comparer:
             self.result.left_out["head"] = "no model has one that was fine-tuned for these targets"
         return heads
 
-    def _pass_held_out(self) -> None:
+    def _pass_held_out(self, of_set: str) -> None:
+        split = held_out_split(of_set)
         apart = self.task.prepare_scoring(self.data.view) if self.heads else None
         with ExitStack() as stack:
-            collectors = self.rows.collectors(HELD_OUT, stack) if self.rows else {}
+            collectors = self.rows.collectors(split, stack) if self.rows else {}
             candidates = self._candidates(collectors, {} if apart else self.heads)
             if candidates:
-                loader = build_evaluation_loader(self.data, self.held_out, task=self.task)
+                loader = build_evaluation_loader(self.data, self.sets[of_set], self.limit, self.task)
                 seen = Seen(loader)
                 teacher = self.teacher if "features" in self.wants else None
-                self._note(evaluate_all(candidates, teacher, seen, self.autocast), heads={} if apart else self.heads)
-                self.result.samples[HELD_OUT] = sum(gather_objects(seen.samples))
-                if not self.result.samples[HELD_OUT]:
-                    raise SharedError("no held-out sample can be used: name other shards in data.val")
+                found = evaluate_all(candidates, teacher, seen, self.autocast)
+                self._note(of_set, found, heads={} if apart else self.heads)
+                self.result.samples[split] = sum(gather_objects(seen.samples))
+                if not self.result.samples[split]:
+                    raise SharedError(f"no held-out sample can be used: name other shards in {val_key(of_set)}")
         if self.rows:
-            self.result.samples[HELD_OUT] = self.rows.open(HELD_OUT)
+            self.result.samples[split] = self.rows.open(split)
         if apart is not None:
-            self._score_apart(self.heads, apart, "head")
-        if HELD_OUT in self.result.samples:
-            self.result.unusable = self.held_out.num_samples - self.result.samples[HELD_OUT]
+            self._score_apart(of_set, self.heads, apart, "head")
+        if split in self.result.samples:
+            index = self.sets[of_set]
+            asked = index.num_samples if self.limit is None else len(index.first(self.limit))
+            self.result.unusable += asked - self.result.samples[split]
 
     def _candidates(
         self, collectors: Mapping[str | None, RowCollector], heads: Mapping[str, nn.Module]
@@ -190,26 +201,29 @@ class Comparer:
                 candidates[name] = Candidate(one.model, heads.get(name), self.task, own)
         return candidates
 
-    def _note(self, found: Mapping[str, Measures], heads: Mapping[str, nn.Module]) -> None:
+    def _add(self, name: str, of_set: str, measures: Measures) -> None:
+        """Takes over what was measured of a model on a held-out set."""
+        self.result.measures[name] |= {of_held_out(of_set, key): value for key, value in measures.items()}
+
+    def _note(self, of_set: str, found: Mapping[str, Measures], heads: Mapping[str, nn.Module]) -> None:
         """Takes over what was measured of features, and of heads."""
         of_task = set(self.task.build_metrics()) if heads else set()
         for name, metrics in found.items():
             for key, value in metrics.items():
                 if key not in of_task:
-                    self.result.measures[name][key] = value
+                    self._add(name, of_set, {key: value})
                 elif name in heads:
-                    self.result.measures[name][f"head_{key}"] = value
-            if "features" in self.wants and "feature_cosine" not in metrics:
-                self.result.notes[name].append(
-                    "its features have another shape than the teacher's, and are not compared with them"
-                )
+                    self._add(name, of_set, {f"head_{key}": value})
+            note = "its features have another shape than the teacher's, and are not compared with them"
+            if "features" in self.wants and "feature_cosine" not in metrics and note not in self.result.notes[name]:
+                self.result.notes[name].append(note)
 
-    def _score_apart(self, heads: Mapping[str, nn.Module], preparation: Preparation, kind: str) -> None:
+    def _score_apart(self, of_set: str, heads: Mapping[str, nn.Module], preparation: Preparation, kind: str) -> None:
         """Scores heads on samples as the task finally wants them scored, which is another view."""
-        loader = build_evaluation_loader(self.data, self.held_out, task=self.task, preparation=preparation)
+        loader = build_evaluation_loader(self.data, self.sets[of_set], self.limit, self.task, preparation)
         candidates = {name: Candidate(self.contenders[name].model, head, self.task) for name, head in heads.items()}
         for name, metrics in evaluate_apart(candidates, loader, self.data.view, self.autocast).items():
-            self.result.measures[name] |= {f"{kind}_{key}": value for key, value in metrics.items()}
+            self._add(name, of_set, {f"{kind}_{key}": value for key, value in metrics.items()})
 
     @torch.no_grad()
     def _pass_train(self) -> None:
@@ -226,20 +240,25 @@ class Comparer:
         self.result.samples[TRAIN] = self.rows.open(TRAIN)
 
     def _fit_pooled(self) -> None:
-        labels = [self.rows.labels(split) for split in (TRAIN, HELD_OUT)]
-        if self.task.probe == "linear" and min(len(found.unique()) for found in labels) < 2:
-            # Of one class alone every model knows everything.
+        scored = [of_set for of_set in self.sets if self._labels_differ(of_set)]
+        for of_set in (of_set for of_set in self.sets if of_set not in scored):
+            all_labels = f"all labels of {val_key(of_set)}, or of the training samples," if of_set else "all labels"
             for notes in self.result.notes.values():
-                notes.append("all labels are the same: models are compared by their features alone")
-            return
-        for name in self.probed:
+                notes.append(f"{all_labels} are the same: models are compared by their features alone")
+        for name in self.probed if scored else ():
             if "knn" in self.wants and self.task.probe == "linear":
-                found = from_rank_0(partial(self._knn, name))
-                self.result.measures[name] |= {f"knn{k}_top1": value for k, value in found.items()}
+                for of_set, found in from_rank_0(partial(self._knn, name, scored)).items():
+                    self._add(name, of_set, {f"knn{k}_top1": value for k, value in found.items()})
             if "probe" in self.wants:
-                measures, chosen = from_rank_0(partial(self._probe, name))
-                self.result.measures[name] |= measures
+                by_set, chosen = from_rank_0(partial(self._probe, name, scored))
+                for of_set, measures in by_set.items():
+                    self._add(name, of_set, measures)
                 self._note_rate(name, "probe", *chosen)
+
+    def _labels_differ(self, of_set: str) -> bool:
+        """Of one class alone every model knows everything."""
+        labels = [self.rows.labels(split) for split in (TRAIN, held_out_split(of_set))]
+        return self.task.probe != "linear" or min(len(found.unique()) for found in labels) >= 2
 
     def _note_rate(self, name: str, kind: str, rate: float | None, scores: Mapping[float, float | None]) -> None:
         if rate is not None:
@@ -247,26 +266,38 @@ class Comparer:
             chosen = {"rate": rate, "scores_on_training_samples_held_back": by_rate}
             self.result.details.setdefault("chosen_rates", {}).setdefault(name, {})[kind] = chosen
 
-    def _knn(self, name: str) -> dict[int, float]:
+    def _knn(self, name: str, sets: Sequence[str]) -> dict[str, dict[int, float]]:
         knn = self.protocol.knn
-        train, held_out = (self.rows.pooled(name, split, knn.pooling) for split in (TRAIN, HELD_OUT))
-        return knn_top1(train, held_out, knn.k, knn.temperature)
+        train, *held_out = (self.rows.pooled(name, split, knn.pooling) for split in (TRAIN, *map(held_out_split, sets)))
+        return {
+            of_set: knn_top1(train, one, knn.k, knn.temperature) for of_set, one in zip(sets, held_out, strict=True)
+        }
 
-    def _probe(self, name: str) -> tuple[Measures, tuple[float | None, dict[float, float | None]]]:
-        """Scores; the rate that was chosen, and what each scored."""
-        settings = self.protocol.probe
-        train, held_out = (self.rows.pooled(name, split, settings.pooling) for split in (TRAIN, HELD_OUT))
-        found = probe(train, held_out, _probe_settings(self.protocol))
+    def _probe(
+        self, name: str, sets: Sequence[str]
+    ) -> tuple[dict[str, Measures], tuple[float | None, dict[float, float | None]]]:
+        """Scores by held-out set; the rate that was chosen, and what each scored. It is fitted once, for all sets."""
+        pooling = self.protocol.probe.pooling
+        train, *held_out = (self.rows.pooled(name, split, pooling) for split in (TRAIN, *map(held_out_split, sets)))
+        together = Features(torch.cat([one.values for one in held_out]), torch.cat([one.labels for one in held_out]))
+        found = probe(train, together, _probe_settings(self.protocol))
+        by_set = found.logits.split([len(one.labels) for one in held_out])
+        scores = {
+            of_set: self._score_probe(logits, one.labels, train.labels)
+            for of_set, logits, one in zip(sets, by_set, held_out, strict=True)
+        }
+        return scores, (found.rate, found.scores)
+
+    def _score_probe(self, logits: Tensor, labels: Tensor, train_labels: Tensor) -> Measures:
         if self.task.probe == "linear":
-            top5 = {"probe_top5": found.top5} if train.labels.max() >= 5 else {}
-            return {"probe_top1": found.top1, **top5}, (found.rate, found.scores)
+            top5 = {"probe_top5": top_k(logits, labels, 5)} if train_labels.max() >= 5 else {}
+            return {"probe_top1": top_k(logits, labels, 1), **top5}
         metrics = self.task.build_metrics()
         for metric in metrics.values():
             # The other ranks wait for this one.
             metric.distributed_available_fn = lambda: False
-            metric.update(self.task.decision(found.logits, self.data.view.image_size), held_out.labels)
-        measures = {f"probe_{key}": value for key, value in compute_metrics(metrics).items()}
-        return measures, (found.rate, found.scores)
+            metric.update(self.task.decision(logits, self.data.view.image_size), labels)
+        return {f"probe_{key}": value for key, value in compute_metrics(metrics).items()}
 
     def _fit_dense(self) -> None:
         """Frozen linear heads, and the two baselines that a segmentation has to beat."""
@@ -274,19 +305,24 @@ class Comparer:
             head = from_rank_0(partial(self._fit_dense_head, name))
             self._note_rate(name, "segmentation", head.rate, head.scores)
             self.result.heads[name] = FrozenHead(head, self.contenders[name].model.has_class_token).to(device()).eval()
+        self.result.measures |= {name: {} for name in BASELINES}
+        self.result.notes |= {name: [] for name in BASELINES}
+        for of_set in self.sets:
+            self._score_dense(of_set)
+
+    def _score_dense(self, of_set: str) -> None:
         preparation = self.task.prepare_scoring(self.data.view)
         if preparation is None:
             for name in self.probed:
-                self._note_iou(name, *from_rank_0(partial(self._dense_iou, name)))
+                self._note_iou(name, of_set, *from_rank_0(partial(self._dense_iou, name, of_set)))
         else:
-            self._score_apart(self.result.heads, preparation, "probe")
-        for name, found in from_rank_0(partial(self._baselines, preparation)).items():
-            self.result.measures[name], self.result.notes[name] = {}, []
-            self._note_iou(name, *found)
+            self._score_apart(of_set, self.result.heads, preparation, "probe")
+        for name, found in from_rank_0(partial(self._baselines, of_set, preparation)).items():
+            self._note_iou(name, of_set, *found)
 
-    def _note_iou(self, name: str, mean: float, by_class: Tensor) -> None:
-        self.result.measures[name]["probe_miou"] = mean
-        self.result.details.setdefault("iou_by_class", {})[name] = by_class.tolist()
+    def _note_iou(self, name: str, of_set: str, mean: float, by_class: Tensor) -> None:
+        self._add(name, of_set, {"probe_miou": mean})
+        self.result.details.setdefault(of_held_out(of_set, "iou_by_class"), {})[name] = by_class.tolist()
 
     def _fit_dense_head(self, name: str) -> DenseHead:
         settings = self.protocol.segmentation
@@ -305,18 +341,18 @@ class Comparer:
             ),
         ).cpu()
 
-    def _dense_iou(self, name: str) -> tuple[float, Tensor]:
+    def _dense_iou(self, name: str, of_set: str) -> tuple[float, Tensor]:
         head, ignore_index = self.result.heads[name].head, self.task.mask_format.ignore_index
-        return mean_iou(dense_confusion(head, *self.rows.dense(name, HELD_OUT), ignore_index))
+        return mean_iou(dense_confusion(head, *self.rows.dense(name, held_out_split(of_set)), ignore_index))
 
-    def _baselines(self, preparation: Preparation | None) -> dict[str, tuple[float, Tensor]]:
+    def _baselines(self, of_set: str, preparation: Preparation | None) -> dict[str, tuple[float, Tensor]]:
         """IoU of the most frequent class, and of a table from colours to classes, on the pixels that heads are scored
         on."""
         classes, ignore_index = self.task.num_classes, self.task.mask_format.ignore_index
-        bins = self.protocol.segmentation.colour_bins
-        train, held_out = self._pictures(TRAIN), partial(self._pictures, HELD_OUT, preparation)
+        bins, split = self.protocol.segmentation.colour_bins, held_out_split(of_set)
+        train, held_out = self._pictures(TRAIN), partial(self._pictures, split, preparation)
         table = colour_table_confusion(train, held_out(), classes, bins, ignore_index)
-        masks = self.rows.masks(HELD_OUT) if preparation is None else (masks for _, masks in held_out())
+        masks = self.rows.masks(split) if preparation is None else (masks for _, masks in held_out())
         majority = majority_confusion(self.rows.masks(TRAIN), masks, classes, ignore_index)
         return {MAJORITY: mean_iou(majority), COLOUR_TABLE: mean_iou(table)}
 
@@ -331,6 +367,10 @@ class Comparer:
             images = F.interpolate(images, masks.shape[-2:], mode="nearest-exact")
             yield (images * 255).round().clamp(0, 255).to(torch.uint8), masks
 
+    def _first(self) -> ShardIndex:
+        """The held-out set that counts where one is enough."""
+        return next(iter(self.sets.values()))
+
     def _compare_blocks(self) -> None:
         students = {}
         for name, one in self.contenders.items():
@@ -343,7 +383,7 @@ class Comparer:
         if not students:
             self.result.left_out["blocks"] = "there is no student with the teacher's blocks and tokens"
             return
-        loader = build_evaluation_loader(self.data, self.held_out, self.protocol.blocks.images)
+        loader = build_evaluation_loader(self.data, self._first(), self.protocol.blocks.images)
         self.result.blocks = measure_block_errors(self.teacher, students, loader)
         self.result.details["blocks"] = dataclasses.asdict(self.result.blocks)
 
@@ -354,9 +394,10 @@ class Comparer:
     @torch.no_grad()
     def _speed(self) -> dict[str, Measures]:
         speed = self.protocol.speed
-        batch = next(iter(build_evaluation_loader(self.data, self.held_out, speed.batch_size, alone=True)), None)
+        batch = next(iter(build_evaluation_loader(self.data, self._first(), speed.batch_size, alone=True)), None)
         if batch is None:
-            raise ValueError("there is no held-out sample to time models on: name more shards in data.val")
+            key = val_key(next(iter(self.sets)))
+            raise ValueError(f"there is no held-out sample to time models on: name more shards in {key}")
         images = batch["image"]
         images = images.repeat(-(-speed.batch_size // len(images)), 1, 1, 1)[: speed.batch_size]
         models = {name: InPrecision(one.model, self.autocast) for name, one in self.contenders.items()}
@@ -371,6 +412,11 @@ class Comparer:
             }
             for name, one in found.items()
         }
+
+
+def of_held_out(of_set: str, measure: str) -> str:
+    """What is measured on a held-out set, by the set's name in the recipe: ``photos/probe_top1``."""
+    return f"{of_set}/{measure}" if of_set else measure
 
 
 class Seen:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from adala.rules import CONVERSION_KEYS, Checked, rule_of, shown, with_text_keys
+from adala.rules import CONVERSION_KEYS, Checked, check_block_mechanisms, rule_of, shown, with_text_keys
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tiny"
@@ -50,11 +50,12 @@ class TeacherConfig(Checked):
 class DataConfig(Checked):
     """Shards and preprocessing that the stages share."""
 
-    train: list[str] | str = dataclasses.field(default_factory=lambda: ["embedded:train"])
+    train: list[str] | str | list[dict[str, Any]] = dataclasses.field(default_factory=lambda: ["embedded:train"])
     """Training shards: folders, globs, brace patterns or URLs beside an index, one or a list (docs/DATA.md);
-    ``embedded:train`` is built in."""
-    val: list[str] | str = dataclasses.field(default_factory=lambda: ["embedded:val"])
-    """Held-out shards."""
+    ``embedded:train`` is built in. ``[{source: a, weight: 3}, {source: b, weight: 1}]`` is a mixture."""
+    val: dict[str, list[str] | str] | list[str] | str = dataclasses.field(default_factory=lambda: ["embedded:val"])
+    """Held-out shards, or several sets of them by name, of which the first counts where one number is wanted:
+    ``{photos: shards/a, satellites: [shards/b, shards/c]}``, or ``--data.val.photos shards/a``."""
     classes: str | None = None
     """File that lists the names of classes (.json or .txt), for labels that are names; null takes the ``classes.json``
     or ``classes.txt`` beside the shards."""
@@ -68,6 +69,37 @@ class DataConfig(Checked):
     """Loader processes per rank."""
     shuffle_buffer: int = 1000
     """Samples in each worker's shuffle buffer."""
+    remote_attempts: int = 8
+    """Attempts in a row without a new byte before a remote file is given up."""
+    stall_timeout_s: float = 60.0
+    """Seconds that a server's answer, and then each next byte, may take."""
+    total_timeout_s: float = 600.0
+    """Seconds that may be spent waiting for one remote file, besides what its size takes at min_mib_per_s."""
+    min_mib_per_s: float = 1.0
+    """Slowest rate in MiB/s at which a remote file is waited for, on the average."""
+    cache_dir: str | None = None
+    """Folder on each node's own disk in which its ranks keep the remote shards that they have read; null keeps none."""
+    cache_gib: float = 100.0
+    """What these shards may take together, in GiB; those not read for longest make room."""
+    max_bad_fraction: float = 0.01
+    """Part of a data worker's samples that may be bad (docs/DATA.md) before the run stops, in training and evaluation;
+    a few may always be, but with 0 none. It may change while a run is under way."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.val, dict):
+            sets = {name: [shards] if isinstance(shards, str) else shards for name, shards in self.val.items()}
+            object.__setattr__(self, "val", sets)
+        super().__post_init__()
+
+    @property
+    def val_sets(self) -> dict[str, list[str]]:
+        """The held-out shards by the name of their set; of a single one without a name it is empty."""
+        return self.val if isinstance(self.val, dict) else {"": self.val}
+
+
+def val_key(name: str) -> str:
+    """The recipe's key of a held-out set."""
+    return f"data.val.{name}" if name else "data.val"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +126,20 @@ class StageConfig(Checked):
     """AdamW's decay rates."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 is no clipping."""
-    train_data: list[str] | str | None = None
-    """Training shards of this stage; null takes data.train."""
+    ema: float = 0.0
+    """Decay of an average of the weights over steps (0.999, say), which is what is evaluated and exported; it follows
+    faster at the start, by min(ema, (1 + step) / (10 + step)). 0 keeps none."""
+    train_data: list[str] | str | list[dict[str, Any]] | None = None
+    """Training shards of this stage, or a mixture, as data.train has them; null takes data.train."""
     augmentation: Literal["none", "crop", "shift", "strong", "scale"] = "crop"
     """Training augmentation."""
     image_size: list[int] | None = None
     """Height and width in pixels that this stage trains on and is evaluated on meanwhile; null takes data.image_size,
     which the model is built for. A smaller one is cheaper: position embeddings are resampled as images come."""
+    image_sizes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Other image sizes to train on from given steps on, counted from 0: ``[{from_step: 870, image_size: [448, 448],
+    micro_batch_size: 4}]`` leaves the last 30 of 900 steps to 448 px. The global batch, the rate and the size of
+    evaluations stay; without a micro_batch_size that of the stage does, too."""
     activation_checkpointing: bool = False
     """Drops the activations inside each block and computes them again in the backward pass: much less memory for a
     third more work, the same losses to the bit. Stage 1 holds one block's anyway, but under ZeRO-3."""
@@ -112,16 +151,28 @@ class StageConfig(Checked):
     log_every: int = 10
     """Steps between lines of metrics."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves by the clock, and at the end."""
+    save_every_minutes: float = 15.0
+    """Minutes between checkpoints besides those of save_every; 0 saves by steps alone. Training goes on meanwhile."""
+    keep_last: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints after a multiple of so many steps are kept for good; 0 keeps the newest alone."""
     evaluate_every: int = 0
     """Steps between evaluations on data.val; 0 evaluates at the start and the end only."""
     max_skipped_steps: int = 5
-    """Consecutive steps the optimizer may skip for overflow before the run stops."""
+    """Consecutive steps whose gradient or loss is not finite, and which leave the weights alone, before the run stops;
+    each is a row of the split ``skipped`` in metrics.jsonl, with the block that it begins in."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr is {self.min_lr}: it must be a number from 0 to lr, which is {self.lr}")
+        last = max((change["from_step"] for change in self.image_sizes), default=0)
+        if last >= self.steps:
+            raise ValueError(
+                f"image_sizes has a size from step {last} on: it must be a step below steps, which is {self.steps}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +187,15 @@ class AttentionAlignmentConfig(StageConfig):
 class FeatureAlignmentConfig(StageConfig):
     """Stage 2: the whole student's final features against the frozen teacher's."""
 
-    loss: Literal["mse", "normalized_mse"] = "normalized_mse"
-    """``mse`` as in the paper; ``normalized_mse`` is that over the target's variance."""
+    loss: Literal["mse", "normalized_mse", "standardized_mse", "cosine_smooth_l1"] = "normalized_mse"
+    """``mse`` as in the paper; ``normalized_mse`` is that over the target's variance, ``standardized_mse`` that over
+    each channel's; ``cosine_smooth_l1`` is 0.9 (1 - cosine) of tokens and 0.1 smooth L1 in standard deviations."""
+    global_weight: float = 0.0
+    """Weight of the same loss of the class token, or of the patches' mean where there is none; 0 leaves it out."""
+    intermediate_weight: float = 0.0
+    """Weight of the normalised MSE of what comes out of intermediate_blocks, the mean over them; 0 leaves it out."""
+    intermediate_blocks: list[int] | int = 4
+    """Which blocks, counted from 0; or a number k for every k-th: 4 is ``[3, 7, 11]`` of twelve."""
     trainable: Literal["all", "qkv"] = "all"
     """``qkv`` tunes the attention's Q, K, V only (the paper's ablation)."""
     freeze: list[str] | str = dataclasses.field(default_factory=list)
@@ -184,6 +242,16 @@ class EvaluationConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchConfig(Checked):
+    """How ``keep: auto`` chooses blocks; without it, nothing here has a meaning."""
+
+    images: int = 256
+    """Unlabelled images that hybrids are measured on: the first of Stage 1's training data, in shard order."""
+    image_size: list[int] | None = None
+    """Their height and width in pixels; null takes Stage 1's."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe(Checked):
     """One adaptation of one teacher by one mechanism."""
 
@@ -197,8 +265,13 @@ class Recipe(Checked):
     """Attention mechanism of the student."""
     mechanism_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the mechanism by field name."""
-    keep: list[int] = dataclasses.field(default_factory=list)
-    """Blocks that keep their softmax attention (a hybrid), counted from 0."""
+    keep: list[int] | str = dataclasses.field(default_factory=list)
+    """Blocks that keep their softmax attention (a hybrid), counted from 0; ``auto:2`` has a search after Stage 1 choose
+    two, ``auto:75%@448`` as many as leave the hybrid at most 75 % of the teacher's multiply-accumulates at 448 px."""
+    block_mechanisms: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Blocks that have another mechanism than the student's, by number: ``{4: window, 7: window}``."""
+    block_mechanism_options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Options of these other mechanisms by name: ``{window: {window: 4}}``."""
     conversion: Literal["adala", "native"] = "adala"
     """ViT-AdaLA's stages, or the conversion that the mechanism's own authors use."""
     over_conversion: list[str] | str = dataclasses.field(default_factory=list)
@@ -208,6 +281,9 @@ class Recipe(Checked):
     """What computes linear attention: a fused kernel wherever there is one, or plain operations (``reference``)."""
     ds_config: str = "zero1"
     """DeepSpeed configuration (ZeRO and precision only): a name in ds_configs/ or a path."""
+    hang_minutes: float = 20.0
+    """Minutes without a step, or a batch of an evaluation, after which training counts as hung: each rank writes its
+    stacks beside the run, and ends; 0 is never."""
     tensorboard: bool = True
     """Write TensorBoard event files beside the JSONL metrics."""
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
@@ -220,8 +296,15 @@ class Recipe(Checked):
     """Feature alignment."""
     stage3: FinetuningConfig = dataclasses.field(default_factory=FinetuningConfig)
     """Supervised fine-tuning."""
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    """The search for blocks that keep softmax attention."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     """Scoring."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kept = () if isinstance(self.keep, str) else self.keep  # a text has blocks chosen later, whatever they have
+        check_block_mechanisms(self.mechanism, kept, self.block_mechanisms, self.block_mechanism_options)
 
     def stage(self, number: int) -> StageConfig:
         """The configuration of stage 1, 2 or 3."""
@@ -339,7 +422,7 @@ def parse_recipe_command(parser: ArgumentParser, arguments: Sequence[str]) -> tu
         parsed = parser.parse_args(flat, namespace=defaults)
     except (ArgumentError, OverflowError) as error:
         raise ValueError(f"command line: {explained(error, Recipe)}") from error
-    return build_settings(Recipe, _set_nested(parsed.as_dict(), nested)), parsed
+    return build_settings(Recipe, _set_nested(parsed.as_dict(), nested, _keys_given(flat))), parsed
 
 
 def _split_nested(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -354,6 +437,8 @@ def _split_nested(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if not argument.startswith("--") or not _is_nested(key[2:]):
             ours.append(argument)
             continue
+        if key[2:] in nested:
+            raise ValueError(f"command line: {key} stands there twice")
         if not is_joined:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"command line: {key} needs a value")
@@ -368,7 +453,7 @@ def _split_nested(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _is_nested(key: str) -> bool:
-    """Whether a key lies two levels or more below a mapping of a recipe."""
+    """Whether a key lies two levels or more below a mapping of a recipe, or one below what may be a mapping."""
     parts, built = key.split("."), Recipe
     for depth, part in enumerate(parts):
         fields = {field.name: field.type for field in dataclasses.fields(built)}
@@ -376,14 +461,25 @@ def _is_nested(key: str) -> bool:
             return False
         if typing.get_origin(fields[part]) is dict:
             return len(parts) - depth > 2
+        if _may_be_mapping(fields[part]):
+            return len(parts) - depth > 1
         if not dataclasses.is_dataclass(fields[part]):
             return False
         built = fields[part]
     return False
 
 
-def _set_nested(values: dict[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
+def _may_be_mapping(kind: Any) -> bool:
+    return any(typing.get_origin(one) is dict for one in typing.get_args(kind))
+
+
+def _set_nested(values: dict[str, Any], nested: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
     """``values`` with others at some dotted keys.
+
+    Args:
+        values: Of a recipe's fields.
+        nested: By dotted key. The first of them that lies below a list (a plain ``data.val``) takes its place.
+        given: Keys that the command line has beside these.
 
     Raises:
         ValueError: A key leads through something that is no mapping.
@@ -392,6 +488,8 @@ def _set_nested(values: dict[str, Any], nested: Mapping[str, Any]) -> dict[str, 
         *path, last = key.split(".")
         below = values
         for part in path:
+            if isinstance(below.get(part), list) and ".".join(path) not in given:
+                below[part] = {}
             below = below.setdefault(part, {})
             if not isinstance(below, dict):
                 raise ValueError(f"command line: {key} lies below {part}, which is {shown(below)} and no mapping")
@@ -519,7 +617,7 @@ def _check_section(name: str, values: dict) -> None:
 def explained(error: Exception, built: type[Checked]) -> str:
     """A parser's error about a key of ``built`` in one sentence, which says what the key's value must be."""
     text = " ".join(str(error).split())
-    refused = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got value|Given value): ?(.*)', text)
+    refused = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got value|Given value|int\(\) with base 10): ?(.*)', text)
     field = _field_of(refused[1], built) if refused else None
     if field is not None:
         return f"{refused[1]} is {refused[2] or 'empty'}: it must be {rule_of(field).words}"

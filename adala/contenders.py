@@ -14,6 +14,7 @@ from adala.export import WEIGHTS, load_student, load_task_model, read_descriptio
 from adala.families import Backbone
 from adala.files import file_digest
 from adala.plan import ModelPlan
+from adala.rules import with_text_keys
 from adala.tasks import Task
 
 TEACHER, LINEARIZED = "teacher", "linearized"
@@ -28,7 +29,7 @@ class Contender:
         identity: What its features depend on: ``weights``, a digest, ``model``, how it is built, and ``code``, a digest
             of what computes its attention, which somebody may be at work on.
         origin: In words.
-        mechanism: Of its attention.
+        mechanism: Of its attention; of a student with several, all of them.
         head: Of a fine-tuned student, for ``task``.
         task: See ``head``.
     """
@@ -56,12 +57,14 @@ def linearize_contender(plan: ModelPlan, teacher: Contender) -> Contender:
         "mechanism": student.mechanism,
         "mechanism_options": student.mechanism_options,
         "keep": student.keep,
+        "block_mechanisms": with_text_keys(student.block_mechanisms),
+        "block_mechanism_options": student.block_mechanism_options,
         "seed": plan.seed,
     }
-    code = _code_digest(student.mechanism)
+    code = _code_digest(*student.mechanisms)
     identity = {**teacher.identity, "model": {**teacher.identity["model"], **replaced}, "code": code}
     model = unaligned_student(plan, teacher.model).eval()
-    return Contender(model, identity, "the teacher, linearized and not trained", student.mechanism)
+    return Contender(model, identity, "the teacher, linearized and not trained", " + ".join(student.mechanisms))
 
 
 def load_contender(folder: Path, with_head: bool = True) -> Contender:
@@ -80,12 +83,15 @@ def load_contender(folder: Path, with_head: bool = True) -> Contender:
         model = load_student(folder).to(device())
     # Two heads on one backbone have the same features.
     backbone = {key: value for key, value in dataclasses.asdict(described).items() if key != "task"}
-    identity = {"weights": digest, "model": backbone, "code": _code_digest(described.mechanism)}
-    return Contender(model, identity, f"{folder}, weights {digest}", described.mechanism, *parts)
+    identity = {"weights": digest, "model": with_text_keys(backbone), "code": _code_digest(*described.mechanisms)}
+    return Contender(model, identity, f"{folder}, weights {digest}", " + ".join(described.mechanisms), *parts)
 
 
-def _code_digest(mechanism: str) -> str:
-    """Of the file that a mechanism's class is written in; its name where there is none."""
-    mixer = resolve_mechanism(mechanism)
-    path = inspect.getsourcefile(mixer)
-    return file_digest(Path(path)) if path is not None and Path(path).is_file() else mixer.__qualname__
+def _code_digest(*mechanisms: str) -> str:
+    """Of the files that the mechanisms' classes are written in; the name of one where there is none."""
+    digests = []
+    for mixer in map(resolve_mechanism, mechanisms):
+        path = inspect.getsourcefile(mixer)
+        has_file = path is not None and Path(path).is_file()
+        digests.append(file_digest(Path(path)) if has_file else mixer.__qualname__)
+    return " ".join(digests)

@@ -15,6 +15,12 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
+# How long ranks wait for what rank 0 does by itself: a head is fitted, models are scored. A rank 0 that has died is
+# noticed at once, by its connection.
+RANK_0_WORKS = datetime.timedelta(days=1)
+_waiting_for_rank_0: dist.ProcessGroup | None = None
+_timeout: datetime.timedelta | None = None
+
 SHARED_MEMORY = Path("/dev/shm")
 # DeepSpeed's CPU all-reduce creates one such file of 66 MB for each rank and never removes it.
 ALLREDUCE_BUFFERS = "deepspeed_allreduce_buffer_*"
@@ -60,11 +66,31 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         torch.set_num_threads(max(1, _available_cores() // local_world_size()))
     if local_rank() == 0:
         remove_orphaned_buffers()
-    backend = "nccl" if uses_gpu() else "gloo"
+    _meet("nccl" if uses_gpu() else "gloo", timeout_minutes)
+
+
+def _meet(backend: str, timeout_minutes: float) -> None:
+    global _waiting_for_rank_0, _timeout
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, timeout=timeout)
     except RuntimeError as error:
         raise ValueError(_meeting_failure(error, timeout_minutes)) from error
+    # Not before: what this process, or one forked from it, joins after a meeting that failed has a time-out of its own.
+    _timeout = timeout
+    # Of its own, on the CPU: NCCL ends a process that waits longer than the collectives of a step may take.
+    _waiting_for_rank_0 = dist.new_group(backend="gloo", timeout=RANK_0_WORKS)
+
+
+def set_timeouts() -> None:
+    """Gives groups that others have made since the time-out of :func:`init_distributed`: what they name none for gets
+    NCCL's own, which is shorter."""
+    if _timeout is None:
+        return
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in dist.distributed_c10d._world.pg_map:
+        if group is not _waiting_for_rank_0:
+            set_timeout(_timeout, group)
 
 
 def _check_alone() -> None:
@@ -169,8 +195,10 @@ def _memory_map(process: Path) -> str:
 
 def close_distributed() -> None:
     """Leaves the process group, in such a way that the process can end."""
+    global _waiting_for_rank_0, _timeout
     if dist.is_initialized():
         dist.destroy_process_group()
+        _waiting_for_rank_0 = _timeout = None
         # gloo's threads let go of the last collective's tensors only when they get the interpreter's lock; one that
         # still waits for it as the interpreter shuts down aborts the process, which then fails although all is done.
         time.sleep(CLOSING_S)
@@ -246,13 +274,13 @@ def any_rank(flag: bool) -> bool:
     return bool(all_reduce_sum(value).item() > 0)
 
 
-def gather_objects(value: object) -> list:
-    """``value`` of every rank, in rank order, on every rank."""
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """``value`` of every rank, in rank order, on every rank; ``group`` holds all of them."""
     _check_collective()
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
@@ -266,20 +294,30 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+class Interrupted(Exception):
+    """What ends a command on all ranks without being a mistake."""
+
+
 class SharedError(ValueError):
     """A mistake that every rank raises alike, so that one of them can tell it for all."""
 
 
-def raise_together(error: Exception | None) -> None:
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raises on every rank when at least one has an ``error``, so that none waits for a rank that is gone.
+
+    Args:
+        error: This rank's, or None.
+        group: By which ranks tell each other; it holds all of them.
 
     Raises:
         SharedError: With the message of the first rank that has an error.
+        Interrupted: With that of the first that was interrupted, where none has another error.
     """
-    messages = gather_objects(None if error is None else str(error))
-    first = next((message for message in messages if message is not None), None)
-    if first is not None:
-        raise SharedError(first) from error
+    told = gather_objects(None if error is None else (isinstance(error, Interrupted), str(error)), group)
+    told = sorted((each for each in told if each is not None), key=lambda each: each[0])
+    if told:
+        is_interrupted, message = told[0]
+        raise (Interrupted if is_interrupted else SharedError)(message) from error
 
 
 def from_rank_0(action: Callable[[], Result]) -> Result:
@@ -289,6 +327,7 @@ def from_rank_0(action: Callable[[], Result]) -> Result:
 
     Raises:
         SharedError: The action raised a ValueError or an OSError.
+        Interrupted: It raised this.
     """
     global _on_one_rank
     _check_collective()
@@ -297,11 +336,11 @@ def from_rank_0(action: Callable[[], Result]) -> Result:
         _on_one_rank = True
         try:
             result = action()
-        except (ValueError, OSError) as raised:
+        except (ValueError, OSError, Interrupted) as raised:
             error = raised
         finally:
             _on_one_rank = False
-    raise_together(error)
+    raise_together(error, _waiting_for_rank_0)
     return broadcast_object(result)
 
 

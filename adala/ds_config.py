@@ -188,6 +188,12 @@ def _check_keys(values: Any) -> None:
     for key in values.get("torch_autocast", {}):
         if key not in AUTOCAST_KEYS:
             raise ValueError(f"torch_autocast.{key} is not a key that it can have: {', '.join(AUTOCAST_KEYS)}")
+    for key in ("offload_param", "offload_optimizer"):
+        section = values.get("zero_optimization", {}).get(key) or {}
+        if isinstance(section, dict) and section.get("device") == "nvme":
+            raise ValueError(
+                f'zero_optimization.{key}.device is "nvme", where checkpoints and exports do not reach: use "cpu"'
+            )
     dtype = values.get("torch_autocast", {}).get("dtype", "bfloat16")
     if dtype not in ("bfloat16", "float16"):
         raise ValueError(f'torch_autocast.dtype is {json.dumps(dtype)}: it must be "bfloat16"')

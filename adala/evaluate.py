@@ -16,6 +16,7 @@ from adala.attention import set_kernel
 from adala.backbones import check_image_size
 from adala.build import build_evaluation_loader
 from adala.comparison import BASELINES, Comparer, Comparison
+from adala.config import val_key
 from adala.contenders import (
     LINEARIZED,
     TEACHER,
@@ -183,6 +184,7 @@ def _publish(
 
 def _describe_data(command: EvaluationCommand, plan: RunPlan, comparison: Comparison) -> dict[str, Any]:
     config, evaluation = command.recipe, plan.evaluation
+    digests = {name: index_digest(held_out, True) for name, held_out in evaluation.held_out_sets.items()}
     train = (config.evaluation.probe_train or config.data.train) if evaluation.probe_train else None
     return {
         "task": describe_task(evaluation.task) if evaluation.task else None,
@@ -190,7 +192,7 @@ def _describe_data(command: EvaluationCommand, plan: RunPlan, comparison: Compar
         "train": train,
         "held_out": config.data.val,
         "train_digest": index_digest(evaluation.probe_train, True) if evaluation.probe_train else None,
-        "held_out_digest": index_digest(evaluation.held_out, True),
+        "held_out_digest": digests if isinstance(config.data.val, dict) else digests[""],
         "samples": comparison.samples,
         "unusable_held_out_samples": comparison.unusable,
         "left_out": comparison.left_out,
@@ -200,11 +202,23 @@ def _describe_data(command: EvaluationCommand, plan: RunPlan, comparison: Compar
 
 @torch.no_grad()
 def _draw(plan: RunPlan, contenders: Mapping[str, Contender], comparison: Comparison) -> list[Picture]:
-    """Rank 0 alone: features of the first held-out images as colours, masks over them, errors by block."""
-    loader = build_evaluation_loader(plan.data, plan.evaluation.held_out, SHOWN, plan.evaluation.task, alone=True)
-    batches = list(loader)
+    """Rank 0 alone: of the first images of each held-out set features as colours, masks over them; errors by block."""
+    sets = plan.evaluation.held_out_sets
+    pictures = [picture for name in sets for picture in _draw_set(plan, contenders, comparison, name)]
+    if comparison.blocks is not None:
+        caption = "Relative error by block: of each attention alone, and as it adds up along the residual stream."
+        pictures.append(Picture("blocks", caption, as_png(block_error_picture(comparison.blocks))))
+    return pictures
+
+
+def _draw_set(plan: RunPlan, contenders: Mapping[str, Contender], comparison: Comparison, of_set: str) -> list[Picture]:
+    held_out, task = plan.evaluation.held_out_sets[of_set], plan.evaluation.task
+    ending, of_which = (f"_{of_set}", f" of {of_set}") if of_set else ("", "")
+    batches = list(build_evaluation_loader(plan.data, held_out, SHOWN, task, alone=True))
     if not batches:
-        raise ValueError("none of the first held-out samples can be drawn: leave --pictures out, or repair data.val")
+        raise ValueError(
+            f"none of the first held-out samples can be drawn: leave --pictures out, or repair {val_key(of_set)}"
+        )
     images = torch.cat([batch["image"] for batch in batches])[:SHOWN].to(device())
     view = plan.data.view
     mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
@@ -213,14 +227,10 @@ def _draw(plan: RunPlan, contenders: Mapping[str, Contender], comparison: Compar
     patches = {name: _patches(contenders[name], features[name], images) for name in contenders}
     same_width = {name: of for name, of in patches.items() if of.shape[-1] == patches[TEACHER].shape[-1]}
     caption = (
-        "Patch features as colours: one PCA, fitted on the teacher's patches of these held-out images, for all models "
-        "of its width."
+        f"Patch features as colours: one PCA, fitted on the teacher's patches of these held-out images{of_which}, for "
+        "all models of its width."
     )
-    pictures = [Picture("features", caption, as_png(pca_pictures(shown, same_width)))]
-    if comparison.blocks is not None:
-        caption = "Relative error by block: of each attention alone, and as it adds up along the residual stream."
-        pictures.append(Picture("blocks", caption, as_png(block_error_picture(comparison.blocks))))
-    task = plan.evaluation.task
+    pictures = [Picture(f"features{ending}", caption, as_png(pca_pictures(shown, same_width)))]
     if task is not None and task.probe == "dense" and comparison.heads:
         targets = torch.cat([batch["mask"] for batch in batches])[:SHOWN]
         predicted = {
@@ -229,12 +239,14 @@ def _draw(plan: RunPlan, contenders: Mapping[str, Contender], comparison: Compar
             ).cpu()
             for name, head in comparison.heads.items()
         }
-        listed = plan.evaluation.held_out.shards[0].classes
+        listed = held_out.shards[0].classes
         names = listed if listed is not None and len(listed) == task.num_classes else None
         ignore_index = task.mask_format.ignore_index
         figure = mask_pictures(shown, targets, predicted, task.num_classes, ignore_index, names)
-        caption = "Masks of held-out images: the truth, then each model's, by its own head or a frozen linear one."
-        pictures.append(Picture("masks", caption, as_png(figure)))
+        caption = (
+            f"Masks of held-out images{of_which}: the truth, then each model's, by its own head or a frozen linear one."
+        )
+        pictures.append(Picture(f"masks{ending}", caption, as_png(figure)))
     return pictures
 
 

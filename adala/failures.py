@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from adala.distributed import STARTED_BY, SharedError, first_line, rank
-from adala.preemption import REQUEUE, Preempted
+from adala.distributed import STARTED_BY, Interrupted, SharedError, first_line, rank
+from adala.preemption import REQUEUE
 
 # How long rank 0 may take to end, and the launcher to end the others, on a machine with much to do.
 OTHER_RANKS_WAIT_S = 10.0
@@ -75,7 +75,7 @@ def report_failure(error: BaseException, folder: Path | None = None) -> int:
         if _told_rank() == 0:
             report_error("interrupted; the same command goes on from what was saved last")
         return 130
-    if isinstance(error, Preempted):
+    if isinstance(error, Interrupted):
         if _told_rank() == 0:
             print(f"asked to end ({error}); the same command goes on from there", file=sys.stderr, flush=True)
         return REQUEUE

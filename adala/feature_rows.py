@@ -27,6 +27,11 @@ from adala.tasks import Task, describe_task
 HELD_OUT, TRAIN = "held-out", "training"
 
 
+def held_out_split(name: str) -> str:
+    """The split of a held-out set, by its name in the recipe; a single one has none."""
+    return f"{HELD_OUT} {name}" if name else HELD_OUT
+
+
 class FeatureRows:
     """Features of contenders on the held-out and on the training samples, computed once each and kept in a store."""
 
@@ -38,6 +43,7 @@ class FeatureRows:
         store: FeatureStore,
         train_samples: int | None,
         autocast: torch.dtype | None,
+        held_out_samples: int | None = None,
     ):
         """Identifies the data; every rank does.
 
@@ -48,10 +54,12 @@ class FeatureRows:
             store: Where features are kept.
             train_samples: So many of the training samples, the first ones; None is all.
             autocast: What models compute in.
+            held_out_samples: So many of each held-out set, the first ones; None is all.
         """
         self._contenders, self._data, self._store, self._autocast = contenders, data, store, autocast
         self._task, self._is_dense = evaluation.task, evaluation.task.probe == "dense"
-        self._splits = {TRAIN: (evaluation.probe_train, train_samples), HELD_OUT: (evaluation.held_out, None)}
+        held_out = {held_out_split(name): (index, held_out_samples) for name, index in evaluation.held_out_sets.items()}
+        self._splits = {TRAIN: (evaluation.probe_train, train_samples), **held_out}
         self._digests = from_rank_0(self._identify_data)
         self._rows: dict[tuple[str | None, str], dict[str, StoredRows]] = {}
 
@@ -115,19 +123,19 @@ class FeatureRows:
         return (masks[rows] for rows in torch.arange(len(masks)).split(READ_AT_ONCE))
 
     def _identify_data(self) -> dict[str, str]:
-        return {split: _data_digest(self._splits[split][0]) for split in (TRAIN, HELD_OUT)}
+        return {split: _data_digest(index) for split, (index, _) in self._splits.items()}
 
     def _capacity(self, split: str) -> int:
         """Samples there are, if all can be read."""
         index, limit = self._splits[split]
-        return index.num_samples if limit is None else min(limit, index.num_samples)
+        return index.num_samples if limit is None else len(index.first(limit))
 
     def _key(self, name: str | None, split: str) -> dict[str, Any]:
         index, _ = self._splits[split]
         view, target = self._data.view, _target_of(self._task)
         identity = {"weights": "none", "model": target} if name is None else self._contenders[name].identity
-        names = [shard.name for shard in index.shards]
-        # Samples of shards of one name have equal ids, whose order is the one in which they are read.
+        names = [shard.label for shard in index.shards]
+        # Samples of shards of one label have equal ids, whose order is the one in which they are read.
         is_ordered = len(set(names)) == len(names)
         return {
             **identity,

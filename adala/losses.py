@@ -1,6 +1,6 @@
 """Losses on values: they know tensors, not models or recipes. All are computed in float32 (float64 for float64 input).
 
-Shapes: B batch, H heads, N tokens, d head dim, M features.
+Shapes: B batch, H heads, N tokens, d head dim, D embed dim, M features.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from adala.attention import accumulation_dtype, full_precision
 
-# (prediction, target, variance of the target) -> scalar
-Loss = Callable[[Tensor, Tensor, float], Tensor]
+# (prediction, target, variance of the target: of all its elements, or of each channel) -> scalar
+Loss = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+# Of `cosine_smooth_l1`: the share of the cosine.
+COSINE_SHARE = 0.9
+# Least variance of a channel, over the mean of all: one that hardly changes would drown the rest.
+CHANNEL_FLOOR = 1e-3
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -35,13 +39,65 @@ def normalized_mse(prediction: Tensor, target: Tensor, variance: float) -> Tenso
     return mse(prediction, target) / variance
 
 
+def standardized_mse(prediction: Tensor, target: Tensor, variance: float | Tensor) -> Tensor:
+    """Mean squared error of features standardised channel by channel, a scalar: 1 is what the target's mean scores.
+
+    Prediction and target are standardised by the target's mean and deviation, so that the means cancel. Channels weigh
+    alike however large they are, where ``normalized_mse`` sees little but the largest ones.
+
+    Args:
+        prediction: (..., D).
+        target: (..., D).
+        variance: Of each channel over many images, (D,), see :func:`channel_variance`.
+
+    Paper: arXiv 2410.01680 (PHI-S), its standardised targets.
+
+    Differs: from the paper's loss as ``normalized_mse`` does, in each channel.
+    """
+    dtype = accumulation_dtype(prediction)
+    return ((prediction.to(dtype) - target.to(dtype)).square() / variance).mean()
+
+
+def channel_variance(variance: Tensor) -> Tensor:
+    """Variances of channels (D,) to divide by: none is less than a thousandth of their mean."""
+    return variance.clamp_min(CHANNEL_FLOOR * variance.mean().item())
+
+
+def cosine_smooth_l1(prediction: Tensor, target: Tensor, variance: float) -> Tensor:
+    """0.9 of one minus the cosine of each token and 0.1 of the smooth L1 distance, a scalar.
+
+    The cosine is of the features as they are. The smooth L1 is of features divided by the target's standard deviation
+    over many images: it is quadratic where they differ by less than one deviation, whatever the scale of the model.
+
+    Args:
+        prediction: (..., D).
+        target: (..., D).
+        variance: Of the target, as for :func:`normalized_mse`.
+
+    Paper: arXiv 2312.06709 (AM-RADIO) for the two terms and their weights.
+
+    Differs: there features are not divided.
+    """
+    dtype = accumulation_dtype(prediction)
+    prediction, target = prediction.to(dtype), target.to(dtype)
+    away = (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+    scale = variance**-0.5
+    return COSINE_SHARE * away + (1 - COSINE_SHARE) * F.smooth_l1_loss(scale * prediction, scale * target)
+
+
 def _plain_mse(prediction: Tensor, target: Tensor, variance: float) -> Tensor:
     return mse(prediction, target)
 
 
-ALIGNMENT_LOSSES: dict[str, Loss] = {"mse": _plain_mse, "normalized_mse": normalized_mse}
-# Losses that need the target's variance.
-CALIBRATED_LOSSES = ("normalized_mse",)
+ALIGNMENT_LOSSES: dict[str, Loss] = {
+    "mse": _plain_mse,
+    "normalized_mse": normalized_mse,
+    "standardized_mse": standardized_mse,
+    "cosine_smooth_l1": cosine_smooth_l1,
+}
+# Losses that need the target's variance, and among them those that need each channel's.
+CALIBRATED_LOSSES = ("normalized_mse", "standardized_mse", "cosine_smooth_l1")
+CHANNEL_LOSSES = ("standardized_mse",)
 
 
 def attention_map_cross_entropy(

@@ -1,6 +1,7 @@
 """``metrics.jsonl``: a JSON object a line, appended while a stage trains, and read back whatever a kill left of it."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def read_metrics(folder: Path, split: str) -> list[dict[str, float]]:
         say(f"{path}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
     by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def held_out_splits(folder: Path) -> list[str]:
+    """The splits of a stage's rows that are of held-out data, in order: ``val``, or ``val/NAME`` for each named set."""
+    path = folder / METRICS
+    found = re.findall(rb'"split": "(val(?:/\w+)?)"', path.read_bytes()) if path.is_file() else ()
+    return list(dict.fromkeys(split.decode() for split in found))
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens, D embed dim, H, W height and width of an image in pixels.
 """
 
+import dataclasses
 import itertools
 import math
 import time
@@ -19,6 +20,7 @@ from adala.conversion import ADALA
 from adala.distributed import device
 from adala.evaluation import measure_speed
 from adala.families import Backbone
+from adala.hybrids import Choice, HybridMeter, choose_greedily
 from adala.optim import build_optimizer, freeze_except, rate_factor
 from adala.progress import build_bar
 from adala.similarity import comparison_metrics, comparison_sums
@@ -175,6 +177,49 @@ def evaluate(
     return metrics
 
 
+def choose_softmax_blocks(
+    student: LinearizedModel,
+    teacher: Backbone,
+    images: Iterable[Any],
+    count: int,
+    *,
+    measured_images: int = 256,
+    batch_size: int = 16,
+    bf16: bool = False,
+) -> Choice:
+    """Which blocks of a student should have softmax attention, so that its features come closest to its teacher's.
+
+    Greedily: the block whose softmax lowers the error most, then the one that does beside it, and so on. Call it after
+    Stage 1 (``align`` with no steps of Stage 2); of a student that has not been aligned it says nothing that holds
+    afterwards. Then ``restore_softmax(student, teacher, choice.blocks)`` makes the hybrid, which Stage 2 aligns.
+
+    Args:
+        student: All its blocks linearized; left as it was, but in eval mode.
+        teacher: Its softmax counterpart on the same device; left as it was.
+        images: As for :func:`align`; the first ``measured_images`` are used, all of one size.
+        count: How many blocks.
+        measured_images: How many images the error is of. They and the teacher's features are held in memory.
+        batch_size: How many single images make a batch.
+        bf16: Whether to compute under autocast in bfloat16.
+
+    Raises:
+        ValueError: Models that do not belong together, a student that has softmax attention already, images that are
+            none, or no block that would be left linearized.
+    """
+    _check_pair(student, teacher)
+    if not 1 <= count < len(student.blocks):
+        raise ValueError(f"count is {count}: it must be a whole number from 1 to {len(student.blocks) - 1}")
+    with ExitStack() as context:
+        context.enter_context(_left_as_found(teacher))
+        for model in (student, teacher):
+            context.enter_context(_features_only(model))
+        context.enter_context(_autocast(student, bf16))
+        meter = HybridMeter(student, teacher, _take(_batches(images, batch_size), measured_images))
+        before = Choice(meter.images, meter.image_size, meter.measure_one({}))
+        steps = list(choose_greedily(meter.options, count, meter.measure))
+    return dataclasses.replace(before, steps=steps)
+
+
 class _Fit:
     """One stage's loop."""
 
@@ -252,18 +297,18 @@ def _first_and_all(images: Iterable[Any], batch_size: int) -> tuple[list[Tensor]
     if not isinstance(images, Iterator):
         return _first(images, batch_size), _endless(images, batch_size)
     passing = _batches(images, batch_size)
-    first = _take(passing)
+    first = _take(passing, MEASURED_IMAGES)
     return first, _once(itertools.chain(first, passing))
 
 
 def _first(images: Iterable[Any], batch_size: int) -> list[Tensor]:
-    return _take(_batches(images, batch_size))
+    return _take(_batches(images, batch_size), MEASURED_IMAGES)
 
 
-def _take(batches: Iterator[Tensor]) -> list[Tensor]:
-    """As many batches as hold the images to be measured on, or all that there are."""
+def _take(batches: Iterator[Tensor], count: int) -> list[Tensor]:
+    """As many batches as hold ``count`` images, or all that there are."""
     taken: list[Tensor] = []
-    while sum(map(len, taken)) < MEASURED_IMAGES:
+    while sum(map(len, taken)) < count:
         batch = next(batches, None)
         if batch is None:
             break

@@ -87,3 +87,11 @@ def rate_factor(
         return 1.0
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def average_decay(step: int, decay: float) -> float:
+    """How much of the average of the weights stays at ``step`` (from 0): ``decay``, and less of it at the start.
+
+    A run's first weights would otherwise weigh for 1 / (1 - decay) steps.
+    """
+    return min(decay, (1 + step) / (10 + step))

@@ -23,11 +23,19 @@ from adala.build import (
     rehearse,
     say_stream,
 )
-from adala.comparison import Comparer
-from adala.config import Recipe, recipe_to_yaml
-from adala.contenders import LINEARIZED, TEACHER, build_teacher_contender, linearize_contender, load_contender
+from adala.checkpoint import Checkpoints
+from adala.comparison import Comparer, Comparison, of_held_out
+from adala.config import Recipe, recipe_to_yaml, val_key
+from adala.contenders import (
+    LINEARIZED,
+    TEACHER,
+    Contender,
+    build_teacher_contender,
+    linearize_contender,
+    load_contender,
+)
 from adala.data import StreamState, TrainLoader
-from adala.distributed import any_rank, device, from_rank_0, raise_together, rank, say
+from adala.distributed import Interrupted, any_rank, device, from_rank_0, raise_together, rank, say
 from adala.engine import Engine
 from adala.evaluation import Evaluator, FeatureStore, precision
 from adala.export import WEIGHTS, load_student, load_task_model, save_student
@@ -37,13 +45,15 @@ from adala.plan import RunPlan, StagePlan, read_stage_task, resolve_run
 from adala.preemption import Preempted, reason_to_end
 from adala.progress import MetricWriter
 from adala.protocol import ProbeConfig, Protocol, SegmentationConfig
-from adala.report import Report, ReportRow, draw_report, print_report, read_report, write_report
+from adala.report import Report, ReportRow, Scores, draw_report, print_report, read_report, write_report
 from adala.runs import OverwriteOrder, StageFolder, StageRecord
+from adala.search import search_run
 from adala.similarity import relative_error
 from adala.stages import Stage
 from adala.students import LinearizedModel, linearized_blocks
-from adala.tasks import describe_task
+from adala.tasks import Task, describe_task
 from adala.trainer import Trainer
+from adala.watchdog import Watchdog
 
 # How far the features of an exported student may be from those of the one that was trained, both computed in the
 # training's precision: in float32 the order of sums, in bfloat16 also the rounding of merged adapters.
@@ -59,6 +69,7 @@ def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -
 
     Raises:
         ValueError: Something about recipe, data or an earlier run is wrong; the message says what to do.
+        Interrupted: The run was asked to end, and has saved what it had.
     """
     set_kernel(recipe.kernel)
     plan = resolve_run(recipe, stages)
@@ -66,23 +77,34 @@ def run_stages(recipe: Recipe, stages: Sequence[int], overwrite: bool = False) -
     for note in plan.notes:
         say(note)
     with plan.run.held():
-        order = from_rank_0(partial(_open_run, plan, stages, overwrite))
-        for number in plan.left_out:
-            say(f"stage {number} is no part of {recipe.mechanism}'s {recipe.conversion} conversion: left out")
-        did = [run_stage(plan, stage, order) for stage in plan.stages]
-        if len(stages) > 1:
-            if any_rank(reason_to_end() is not None):
-                raise Preempted("all stages are finished, and not yet scored")
-            did.append(report_run(plan))
-        elif any(did):
-            from_rank_0(partial(_draw_curves, plan))
-        from_rank_0(plan.run.close_order)
-        if not any(did):
-            numbers = ", ".join(str(stage.number) for stage in plan.stages)
-            raise ValueError(
-                f"stage {numbers} of run {plan.run.path} is finished already: "
-                "add --overwrite to run it again, or choose another --run_name"
-            )
+        try:
+            did = _run_held(plan, stages, overwrite)
+        except Interrupted:
+            from_rank_0(plan.run.note_end)
+            raise
+        from_rank_0(plan.run.forget_ends)
+    if not any(did):
+        numbers = ", ".join(str(stage.number) for stage in plan.stages)
+        say(
+            f"stage {numbers} of run {plan.run.path} is finished already, and nothing was done: "
+            "add --overwrite to run it again, or choose another --run_name"
+        )
+
+
+def _run_held(plan: RunPlan, stages: Sequence[int], overwrite: bool) -> list[bool]:
+    """Which parts of what was asked for had to be done."""
+    order = from_rank_0(partial(_open_run, plan, stages, overwrite))
+    for number in plan.left_out:
+        say(f"stage {number} is no part of {plan.recipe.mechanism}'s {plan.recipe.conversion} conversion: left out")
+    did = [run_stage(plan, stage, order) for stage in plan.stages]
+    if len(stages) > 1:
+        if any_rank(reason_to_end() is not None):
+            raise Preempted("all stages are finished, and not yet scored")
+        did.append(report_run(plan))
+    elif any(did):
+        from_rank_0(partial(_draw_curves, plan))
+    from_rank_0(plan.run.close_order)
+    return did
 
 
 def _rehearse_everywhere(plan: RunPlan) -> None:
@@ -121,7 +143,8 @@ def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None =
     Returns:
         False where it was finished already and is left alone.
     """
-    start, decision = from_rank_0(partial(_decide, run_plan, plan, order))
+    plan, start = _settle(run_plan, plan)
+    decision = from_rank_0(partial(decide, run_plan.run, plan.number, plan.conditions, start.digest, order))
     say(f"stage {plan.number} ({plan.kind.title}) of {run_plan.run.path}: {decision.reason}")
     if decision.folder is None:
         return False
@@ -146,15 +169,21 @@ def run_stage(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None =
 
 def _say_kernel(plan: StagePlan, student: LinearizedModel) -> None:
     precision = plan.model.precision
-    for attention in list(linearized_blocks(student).values())[:1]:
-        described = attention.token_mixer.describe_kernel(device(), precision.autocast_dtype or precision.dtype)
+    dtype = precision.autocast_dtype or precision.dtype
+    mixers = [attention.token_mixer for attention in linearized_blocks(student).values()]
+    for described in dict.fromkeys(mixer.describe_kernel(device(), dtype) for mixer in mixers):
         if described is not None:
             say(f"stage {plan.number}: linear attention by {described}")
 
 
-def _decide(run_plan: RunPlan, plan: StagePlan, order: OverwriteOrder | None) -> tuple[Start, Decision]:
-    start = find_start(run_plan.run, plan)
-    return start, decide(run_plan.run, plan.number, plan.conditions, start.digest, order)
+def _settle(run_plan: RunPlan, plan: StagePlan) -> tuple[StagePlan, Start]:
+    """The student that a stage starts from, and the stage of a student with just its blocks of softmax attention."""
+    start = from_rank_0(partial(find_start, run_plan.run, plan))
+    if plan.search is None:
+        return plan, start
+    if not start.keep:
+        start = start.restoring(search_run(run_plan.run, plan, start).blocks)
+    return plan.keeping(start.keep), start
 
 
 def _open_stage(run_plan: RunPlan, number: int, decision: Decision, conditions: dict[str, Any]) -> None:
@@ -176,24 +205,27 @@ def _finish_stage(run_plan: RunPlan, plan: StagePlan, decision: Decision, record
 def _train(
     run_plan: RunPlan, plan: StagePlan, engine: Engine, stage: Stage, folder: StageFolder
 ) -> dict[str, float]:  # fmt: skip
-    def build_loader(state: StreamState) -> TrainLoader:
-        loader = build_train_loader(plan, state)
-        say_stream(plan, loader)
+    def build_loader(state: StreamState, step: int) -> TrainLoader:
+        loader = build_train_loader(plan, state, step)
+        say_stream(plan.at(step), loader)
         return loader
 
+    watchdog = Watchdog(run_plan.run.path, run_plan.recipe.hang_minutes)
     writer = MetricWriter(folder.path, f"stage {plan.number}", plan.config.steps, run_plan.recipe.tensorboard)
     trainer = Trainer(
         engine,
         plan.config,
         build_loader,
-        build_monitor_loader(plan),
+        {name: build_monitor_loader(plan, name) for name in plan.held_out_sets},
         lambda: Evaluator(stage.student, plan.task),
         writer,
-        folder.checkpoints,
+        Checkpoints(folder.checkpoints, engine, plan.config.keep_last, plan.config.keep_every),
         seed=plan.model.seed,
+        beat=watchdog.beat,
     )
     try:
-        return trainer.fit()
+        with watchdog.watching():
+            return trainer.fit()
     finally:
         writer.close()
 
@@ -212,13 +244,17 @@ def export_stage(plan: StagePlan, engine: Engine, stage: Stage, folder: StageFol
     state = engine.full_state()
     batch = next(iter(build_evaluation_loader(plan.data, plan.held_out, task=plan.task)), None)
     raise_together(
-        None if batch else ValueError(f"rank {rank()} found no usable sample of data.val: name other shards")
+        None if batch else ValueError(f"rank {rank()} found no usable sample of {_first_key(plan)}: name other shards")
     )
     batch = {key: value[:CHECKED_IMAGES] if key != "epoch" else value for key, value in batch.items()}
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), engine.averaged():
         trained = engine(batch)
     return from_rank_0(partial(_write_student, plan, stage, folder, state, batch, trained))
+
+
+def _first_key(plan: StagePlan) -> str:
+    return val_key(next(iter(plan.held_out_sets)))
 
 
 def _write_student(
@@ -313,15 +349,22 @@ def score_run(plan: RunPlan, identity: dict[str, Any]) -> Report:
     if comparison.unusable:
         say(f"{comparison.unusable} held-out samples could not be used, and are left out of all rows alike")
     task = read_stage_task(plan.recipe)
-    # What tells the teacher from nobody tells nothing of its students.
-    is_scored = task.probe is None or f"probe_{task.score}" in comparison.measures[TEACHER]
     rows = []
+    sets = plan.evaluation.held_out_sets
     for name, contender in contenders.items():
-        measures = comparison.measures[name]
-        kind = "head" if contender.head is not None else "probe"
-        score = measures.get(f"{kind}_{task.score}") if is_scored else None
-        rows.append(ReportRow(name, score, measures["feature_cosine"]))
+        scores = {of_set: _scores(comparison, name, contender, of_set, task) for of_set in sets}
+        first = next(iter(scores.values()))
+        rows.append(ReportRow(name, first.score, first.feature_cosine, {} if "" in sets else scores))
     return Report(rows, task.score, task.score_title, identity, comparison.unusable)
+
+
+def _scores(comparison: Comparison, name: str, contender: Contender, of_set: str, task: Task) -> Scores:
+    """A model's line of the table on one held-out set."""
+    kind = "head" if contender.head is not None else "probe"
+    # What tells the teacher from nobody tells nothing of its students.
+    is_scored = task.probe is None or of_held_out(of_set, f"probe_{task.score}") in comparison.measures[TEACHER]
+    score = comparison.measures[name].get(of_held_out(of_set, f"{kind}_{task.score}")) if is_scored else None
+    return Scores(score, comparison.measures[name][of_held_out(of_set, "feature_cosine")])
 
 
 def table_protocol(recipe: Recipe) -> Protocol:

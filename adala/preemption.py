@@ -9,7 +9,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from adala.distributed import STARTED_BY
+from adala.distributed import STARTED_BY, Interrupted
 
 # EX_TEMPFAIL of sysexits.h: it failed for now, the same command goes on.
 REQUEUE = 75
@@ -21,7 +21,7 @@ _place: tuple[int, int] | None = None
 _before: dict[signal.Signals, Any] = {}
 
 
-class Preempted(Exception):
+class Preempted(Interrupted):
     """The run was asked to end, and has saved what it had."""
 
     def __init__(self, where: str):
@@ -62,3 +62,13 @@ def reason_to_end() -> str | None:
     if _place is not None and _place[0] == os.getpid() and _place[1] != os.getppid():
         return "its launcher has ended"
     return None
+
+
+def end_if_asked(where: str) -> None:
+    """For what a rank does by itself: ends it where this rank is to end, which all ranks are then told.
+
+    Raises:
+        Preempted: It is; ``where`` says what it was at.
+    """
+    if reason_to_end() is not None:
+        raise Preempted(where)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -61,6 +62,11 @@ class MetricWriter:
             self._bar.console.print(f"{self.title} {split} step {step}  {note}")
         else:
             print(f"{self.title} {split} step {step}/{self.steps}  {note}  [{elapsed:.0f} s]", flush=True)
+
+    def note(self, split: str, step: int, values: Mapping[str, Any]) -> None:
+        """Records what is no curve, words among it, as a line of ``metrics.jsonl`` alone."""
+        if self.active:
+            self._log.append({"split": split, "step": step, **values})
 
     def close(self) -> None:
         if self.active:

@@ -131,6 +131,8 @@ class Protocol(Checked):
     ``speed``. Those that data or models do not allow are left out, with a note."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the backbones: bf16 is by autocast; ``auto`` takes it on a GPU, float32 on a CPU."""
+    held_out_samples: int | None = None
+    """Held-out samples that models are scored on (the first ones of each set, in shard order); null takes all."""
     blocks: BlockConfig = dataclasses.field(default_factory=BlockConfig)
     """Error by block."""
     knn: KnnConfig = dataclasses.field(default_factory=KnnConfig)

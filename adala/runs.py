@@ -25,6 +25,11 @@ ATTEMPT = "attempt.json"
 FINISHED = "finished.json"
 # The last file that a checkpoint gets, see adala.checkpoint.
 CHECKPOINT_MARKER = "COMPLETE"
+# How often a run was asked to end since it last got further.
+INTERRUPTED = "interrupted.json"
+FRUITLESS_STARTS = 3
+SEARCH = "search.json"
+KEPT_BY_ENDS = (f"stage*/checkpoints/step-*/{CHECKPOINT_MARKER}", f"stage*/{FINISHED}", SEARCH, "features/*")
 # File systems shared over a network may show another machine's new file late.
 VISIBLE_WITHIN_S = 20.0
 
@@ -137,6 +142,11 @@ class RunFolder:
         return self.path / "report.png"
 
     @property
+    def search(self) -> Path:
+        """Which blocks keep softmax attention, and what else was tried."""
+        return self.path / SEARCH
+
+    @property
     def features(self) -> Path:
         """Where features lie while models are scored."""
         return self.path / "features"
@@ -185,6 +195,34 @@ class RunFolder:
         """Forgets the order to overwrite: it has been carried out."""
         self._order.unlink(missing_ok=True)
 
+    def note_end(self) -> None:
+        """Notes that the run was asked to end before it was finished.
+
+        Raises:
+            ValueError: It was so several times in a row without getting any further: to be queued again would not help.
+        """
+        progress, path = self._progress(), self.path / INTERRUPTED
+        earlier = read_json(path) or {}
+        times = 1 + (earlier["times"] if earlier.get("progress") == progress else 0)
+        if times < FRUITLESS_STARTS:
+            write_json(path, {"times": times, "progress": progress})
+            return
+        path.unlink(missing_ok=True)
+        raise ValueError(
+            f"the run {self.path} was asked to end {times} times in a row and got no further between them: give its "
+            "jobs more time, or look at what takes it before the first step; the same command goes on from what is "
+            "saved"
+        )
+
+    def forget_ends(self) -> None:
+        """A run that is through has been interrupted for the last time."""
+        (self.path / INTERRUPTED).unlink(missing_ok=True)
+
+    def _progress(self) -> list[str]:
+        """What is there of a run and is not lost: checkpoints, finished stages, features for its scores."""
+        found = [path for kind in KEPT_BY_ENDS for path in self.path.glob(kind)]
+        return sorted(str(path.relative_to(self.path)) for path in found)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Holds the run for this command; every rank calls it.
@@ -227,6 +265,24 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
+def wait_until_visible(path: Path, what: str) -> None:
+    """Waits for a file that another rank has written, as long as a network file system may take to show it.
+
+    Raises:
+        ValueError: It does not appear.
+    """
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"rank {rank()} on {socket.gethostname()} does not see {what}, {path}: runs_dir must be one folder on "
+                "a file system that all machines share"
+            )
+        if path.parent.is_dir():
+            os.listdir(path.parent)  # makes network file systems look again
+        time.sleep(0.2)
+
+
 def _check_shared(path: Path) -> None:
     """Refuses a folder that is another one on each machine, as a node-local disk is.
 
@@ -235,17 +291,11 @@ def _check_shared(path: Path) -> None:
     """
     nonce = broadcast_object(f".seen-{uuid.uuid4().hex}")
     from_rank_0((path / nonce).touch)
-    error, deadline = None, time.monotonic() + VISIBLE_WITHIN_S
-    while not (path / nonce).exists():
-        if time.monotonic() > deadline:
-            error = ValueError(
-                f"rank {rank()} on {socket.gethostname()} does not see the files that rank 0 writes into {path}: "
-                "runs_dir must be one folder on a file system that all machines share"
-            )
-            break
-        if path.is_dir():
-            os.listdir(path)  # makes network file systems look again
-        time.sleep(0.2)
+    error = None
+    try:
+        wait_until_visible(path / nonce, "what rank 0 writes")
+    except ValueError as raised:
+        error = raised
     try:
         raise_together(error)
     finally:

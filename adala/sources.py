@@ -1,14 +1,17 @@
 """The data sets that a recipe names: their shards, and what their first samples say of images and targets."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from adala.data import ShardIndex, load_index, write_embedded
+from adala.data import ShardIndex, load_index, mix, write_embedded
 from adala.data.images import DecodeError
 from adala.data.index import Census, refuse_unusable, take_census
 from adala.data.labels import Classes
+from adala.data.remote import DEFAULT_OPTIONS, RemoteOptions
 from adala.data.samples import RawSample, decode, read_shard
 from adala.tasks import Task
 
@@ -16,35 +19,48 @@ EMBEDDED = "embedded"
 # How many samples are looked at, and in how many shards, spread over the data set.
 PEEKED_SAMPLES = 64
 PEEKED_SHARDS = 8
+# Addresses of shards, or the sources of a mixture as ``adala.rules.MIXTURE_KEYS`` has them.
+DataSet = Sequence[str] | Sequence[Mapping[str, Any]]
 
 
 class Sources:
     """Reads each list of shards once, and looks at some of its samples once."""
 
-    def __init__(self, embedded: Path, classes: str | None = None):
+    def __init__(
+        self,
+        embedded: Path,
+        classes: str | None = None,
+        remote: RemoteOptions = DEFAULT_OPTIONS,
+    ):
         """Starts from nothing.
 
         Args:
             embedded: Where the embedded data set is written when it is first asked for.
             classes: File with the names of classes; None takes those beside the shards.
+            remote: How remote shards are read.
         """
         self._embedded = embedded
         self._classes = classes
-        self._read: dict[tuple[str, ...], ShardIndex] = {}
-        self._peeked: dict[tuple[str, ...], list[RawSample]] = {}
-        self._seen: dict[tuple[str, tuple[str, ...]], list[_Seen]] = {}
+        self._remote = remote
+        self._read: dict[str, ShardIndex] = {}
+        self._peeked: dict[str, list[RawSample]] = {}
+        self._seen: dict[tuple[str, str], list[_Seen]] = {}
 
-    def index(self, sources: Sequence[str]) -> ShardIndex:
+    def index(self, sources: DataSet) -> ShardIndex:
         """The shards behind ``sources``; those of the embedded data set are written when first asked for.
 
         Raises:
-            ValueError: See ``adala.data.load_index``; or most of the samples that were looked at cannot be used.
+            ValueError: See ``adala.data.load_index`` and ``adala.data.mix``; or most of the samples that were looked at
+                cannot be used.
         """
-        key = tuple(sources)
+        key = _key(sources)
+        if key not in self._read and _is_mixture(sources):
+            data_sets = [self.index(_addresses(entry)) for entry in sources]
+            self._read[key] = mix(data_sets, [entry["weight"] for entry in sources])
         if key not in self._read:
             if any(source.startswith(f"{EMBEDDED}:") for source in sources):
                 write_embedded(self._embedded)
-            self._read[key] = load_index([self._pattern(source) for source in sources], self._classes)
+            self._read[key] = load_index([self._pattern(source) for source in sources], self._classes, self._remote)
             self._refuse_unusable(sources)
         return self._read[key]
 
@@ -62,18 +78,23 @@ class Sources:
         census = sum((take_census(raw.id, raw.fields) for raw in samples), Census())
         refuse_unusable(census, ", ".join(sources))
 
-    def first_samples(self, sources: Sequence[str]) -> list[RawSample]:
-        """The first samples of some shards, spread over the data set: as many of each as make 64 together."""
-        key, index = tuple(sources), self.index(sources)
+    def first_samples(self, sources: DataSet) -> list[RawSample]:
+        """The first samples of some shards, spread over the data set: as many of each as make 64 together; of a mixture
+        those of each source."""
+        if _is_mixture(sources):
+            return [raw for entry in sources for raw in self.first_samples(_addresses(entry))]
+        key, index = _key(sources), self.index(sources)
         if key not in self._peeked:
             filled = [shard for shard in index.shards if shard.samples]
             chosen = filled[:: -(-len(filled) // PEEKED_SHARDS) or 1]
             counts = [min(-(-PEEKED_SAMPLES // len(chosen)), shard.samples) for shard in chosen]
-            peeked = [islice(read_shard(shard, range(n)), n) for shard, n in zip(chosen, counts, strict=True)]
+            # A few samples are no reason to fetch a shard as a whole.
+            remote = replace(self._remote, cache_dir=None)
+            peeked = [islice(read_shard(shard, range(n), remote), n) for shard, n in zip(chosen, counts, strict=True)]
             self._peeked[key] = [raw for samples in peeked for raw in samples]
         return self._peeked[key]
 
-    def missing_targets(self, task: Task, *data_sets: Sequence[str]) -> str | None:
+    def missing_targets(self, task: Task, *data_sets: DataSet) -> str | None:
         """Why these data sets have no targets to train or score by, in words; None where all have.
 
         A shard has targets where more than half of its samples have. All must have them: whoever mixes shards with and
@@ -96,7 +117,7 @@ class Sources:
             return f"{' and '.join(list(classes.values())[:2])} lie beside different lists of classes"
         return None
 
-    def check_targets(self, task: Task, sources: Sequence[str], key: str) -> None:
+    def check_targets(self, task: Task, sources: DataSet, key: str) -> None:
         """Refuses a data set whose first samples the task cannot be trained or scored on.
 
         Raises:
@@ -111,12 +132,25 @@ class Sources:
         if not any(seen.is_labelled for seen in self._first_targets(task, sources)):
             raise ValueError(f"{key}: of the first samples' targets for {task.name} nothing is known, all is ignored")
 
-    def _first_targets(self, task: Task, sources: Sequence[str]) -> list["_Seen"]:
+    def _first_targets(self, task: Task, sources: DataSet) -> list["_Seen"]:
         """What the task reads of the first samples; each is decoded once."""
-        key = (repr(task), tuple(sources))
+        key = (repr(task), _key(sources))
         if key not in self._seen:
             self._seen[key] = [_look_at(task, raw) for raw in self.first_samples(sources)]
         return self._seen[key]
+
+
+def _key(sources: DataSet) -> str:
+    return json.dumps(list(sources), sort_keys=True)
+
+
+def _is_mixture(sources: DataSet) -> bool:
+    return any(isinstance(source, Mapping) for source in sources)
+
+
+def _addresses(entry: Mapping[str, Any]) -> list[str]:
+    """Those of one source of a mixture."""
+    return [entry["source"]] if isinstance(entry["source"], str) else list(entry["source"])
 
 
 @dataclass(frozen=True)

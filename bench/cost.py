@@ -1,7 +1,6 @@
 """What a case costs whatever the clock says: parameters, multiply-accumulates, memory.
 
-MACs are multiply-accumulates of matrix products and convolutions alone; exponentials, sums, norms and element-wise
-products are not counted. A GFLOP of the usual count is half a GMAC.
+MACs are multiply-accumulates as :mod:`adala.macs` counts them. A GFLOP of the usual count is half a GMAC.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ import torch
 from cases import OUT_OF_MEMORY, Case, CaseFailed, build_model, failure, make_images, num_tokens
 from timing import nvml, pinned_sdpa, switch_off_tf32
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from adala.distributed import peak_resident_mib
+from adala.families import Backbone
+from adala.macs import count_macs
 
 MIB = 2**20
 # Exit code of a memory case that ran out of memory in a way that Python could still tell.
@@ -39,16 +40,20 @@ class Cost:
 
 
 def measure_cost(case: Case) -> Cost:
-    """As PyTorch's counter sees the operations that are really called, with no memory and no data behind them.
-
-    The fused kernels of softmax attention are taken apart, since not every version counts each of them.
-    """
+    """Without memory or data, on the meta device."""
     with torch.device("meta"):
-        model, image = build_model(case), torch.empty(1, 3, *case.image_size)
-    with torch.no_grad(), pinned_sdpa("math"), FlopCounterMode(display=False) as counter:
-        model(image)
+        return measure_model_cost(build_model(case), case.image_size)
+
+
+def measure_model_cost(model: Backbone, image_size: Sequence[int]) -> Cost:
+    """The same of a model of any make, on the meta device: a student with several mechanisms, say.
+
+    Args:
+        model: In eval mode.
+        image_size: Height and width in pixels.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(num_tokens(model, case.image_size), parameters, counter.get_total_flops() // 2)
+    return Cost(num_tokens(model, image_size), parameters, count_macs(model, image_size))
 
 
 def measure_memory_apart(case: Case, device: torch.device, timeout_s: float = 1800) -> dict[str, float | None]:

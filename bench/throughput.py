@@ -32,6 +32,7 @@ from adala.build import (
     prepare_student,
     unaligned_student,
 )
+from adala.checkpoint import Checkpoints
 from adala.config import Recipe, load_recipe
 from adala.distributed import close_distributed, device, init_distributed
 from adala.evaluation import Evaluator
@@ -256,7 +257,8 @@ class TrainerLoop:
         self.batches = iter(self.loader)
         self.writer = MetricWriter(folder, "trainer", plan.config.steps)
         evaluator = partial(Evaluator, stage.student, plan.task)
-        self.trainer = Trainer(self.engine, plan.config, lambda _: self.loader, None, evaluator, self.writer, folder)
+        kept = Checkpoints(folder, self.engine)
+        self.trainer = Trainer(self.engine, plan.config, lambda _: self.loader, {}, evaluator, self.writer, kept)
 
     def seconds(self, steps: int) -> float:
         """How long ``steps`` take."""

@@ -15,11 +15,12 @@ from adala.preemption import listen
 
 def main(arguments: list[str]) -> int:
     def prepare() -> tuple[Path, Callable[[], None]]:
+        # What follows is imported for seconds, within which a job may be asked to end, too.
+        listen()
         from adala.config import parse_command
         from adala.pipeline import run_stages
         from adala.plan import run_folder
 
-        listen()
         command = parse_command(arguments)
         carry_out = partial(run_stages, command.recipe, command.stages, command.overwrite)
         return run_folder(command.recipe).path, carry_out

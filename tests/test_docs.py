@@ -23,7 +23,7 @@ from timm.layers import Attention
 from tiny_teacher import TINY_ARGS, build_tiny_teacher
 
 import adala
-from adala.config import RECIPE_FOLDER, Recipe, parse_command
+from adala.config import RECIPE_FOLDER, Recipe, SearchConfig, load_recipe, parse_command
 from adala.data import load_index
 from adala.data.images import IMAGE_FIELDS
 from adala.data.labels import JSON_KEYS, LABEL_FIELDS, LABELS_FIELDS, LABELS_JSON_KEYS
@@ -35,6 +35,7 @@ from adala.export.portable import ENDINGS
 from adala.heads import SEGMENTATION_HEADS
 from adala.protocol import DEFAULT_PROTOCOL, PROTOCOL_FOLDER, load_protocol
 from adala.rules import MEASURES
+from adala.search.command import parse_search_command
 from adala.students import linearize
 from adala.tasks import describe_task, resolve_task
 from adala.tasks.registry import BUILT_IN
@@ -219,12 +220,36 @@ def test_the_four_verbs_of_the_readme_run(runs: Path, monkeypatch: pytest.Monkey
     teacher = build_tiny_teacher((28, 28), depth=12, patch_size=14)
     found = run_python("README.md", 1, teacher=teacher, loader=[(images, None)], held_out=[images])
     softmax = [index for index, block in enumerate(found["student"].blocks) if type(block.attn) is Attention]
-    assert softmax == [0, 11]
+    assert softmax == [3, 5]
     said = capsys.readouterr().out
     assert "on 8 images, after 3 + 3 steps" in said and "'speed_against_teacher': " in said
     session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
     (features,) = session.run(None, {"images": np.zeros((2, 3, 448, 448), np.float32)})
     assert features.shape == (2, 1 + 32 * 32, 32)
+
+
+def test_the_python_of_the_page_on_hybrids_runs(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    align = adala.align
+
+    def align_shortly(*arguments: Any, steps: tuple[int, int]) -> Any:
+        return align(*arguments, steps=[min(3, count) for count in steps])
+
+    monkeypatch.setattr(adala, "align", align_shortly, raising=False)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = run_python("docs/HYBRIDS.md", teacher=build_tiny_teacher(depth=4), loader=[(images, None)])
+    softmax = [index for index, block in enumerate(found["student"].blocks) if type(block.attn) is Attention]
+    assert softmax == found["choice"].blocks and len(softmax) == 2
+    assert "relative_error on 8 images, by block added: none " in capsys.readouterr().out
+
+
+def test_the_page_on_hybrids_has_every_key_of_the_search_and_its_commands_parse() -> None:
+    page = PAGES["docs/HYBRIDS.md"]
+    defaults = {f"search.{field.name}": str(field.default) for field in dataclasses.fields(SearchConfig)}
+    assert {row[0]: row[1].replace("null", "None") for row in table(page, "key")} == defaults
+    for row in table(page, "`keep`"):
+        load_recipe("tiny", ["--keep", re.search("[^`]+", row[0])[0]])
+    found = re.findall(r"python -m adala\.search (.*)$", page, flags=re.MULTILINE)
+    assert [parse_search_command(shlex.split(arguments)).budgets for arguments in found] == [(1, 2, 4)]
 
 
 def test_the_python_of_the_page_on_exports_runs(runs: Path) -> None:

@@ -12,6 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 LAYERS: list[set[str]] = [
     {"launchers", "bench"},
     {"adala.pipeline", "adala.evaluate", "adala.memory"},
+    {"adala.search"},
     {"adala.comparison"},
     {"adala.feature_rows"},
     {"adala.contenders"},
@@ -26,7 +27,7 @@ LAYERS: list[set[str]] = [
         "adala.sources",
         "adala.notebook",
     },
-    {"adala.checkpoint", "adala.export"},
+    {"adala.checkpoint", "adala.export", "adala.hybrids"},
     {"adala.engine", "adala.stages", "adala.evaluation", "adala.progress"},
     {"adala.backbones", "adala.tasks", "adala.runs", "adala.metrics"},
     {"adala.students", "adala.data", "adala.optim", "adala.heads", "adala.ds_config", "adala.similarity"},
@@ -34,16 +35,20 @@ LAYERS: list[set[str]] = [
     {"adala.evaluation_command"},
     {"adala.attention", "adala.protocol", "adala.commands"},
     {"adala.config", "adala.failures", "adala.weights", "adala.weight_names", "adala.machine"},
-    {"adala.preemption"},
+    {"adala.preemption", "adala.watchdog"},
     {
         "adala.rules",
         "adala.distributed",
         "adala.files",
         "adala.plugins",
         "adala.compilation",
+        "adala.macs",
         "adala.activations",
+        "adala.nonfinite",
+        "adala.slices",
         "adala.verbs",
     },
+    {"adala.budget"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
 

@@ -22,11 +22,13 @@ class AttentionShape:
         head_dim: d.
         layout: Token layout at the model's own image size; a mechanism whose parameters depend on the number of
             tokens (Linformer) sizes them by it, the others ignore it.
+        block: Number of the block that it is in, counted from 0.
     """
 
     num_heads: int
     head_dim: int
     layout: TokenLayout
+    block: int = 0
 
 
 @dataclass(frozen=True)

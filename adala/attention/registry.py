@@ -1,4 +1,4 @@
-"""Mechanisms by name: the two of this package, and whatever installed packages offer as entry points."""
+"""Mechanisms by name: the three of this package, and whatever installed packages offer as entry points."""
 
 import dataclasses
 import functools
@@ -9,7 +9,11 @@ from adala.attention.base import AttentionShape, TokenMixer
 from adala.plugins import find_plugins, load_plugin
 
 ENTRY_POINT_GROUP = "adala.mechanisms"
-BUILT_IN = {"softmax": "adala.attention.softmax:SoftmaxMixer", "linear": "adala.attention.linear:LinearMixer"}
+BUILT_IN = {
+    "softmax": "adala.attention.softmax:SoftmaxMixer",
+    "linear": "adala.attention.linear:LinearMixer",
+    "window": "adala.attention.window:WindowMixer",
+}
 
 
 @functools.cache

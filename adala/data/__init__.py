@@ -8,6 +8,7 @@ from typing import Any
 
 _HOMES = {
     "EvaluationLoader": "loader",
+    "Mixture": "mixture",
     "Preparation": "preparation",
     "Shard": "index",
     "ShardIndex": "index",
@@ -19,6 +20,7 @@ _HOMES = {
     "build_index": "index",
     "build_train_transform": "transforms",
     "load_index": "index",
+    "mix": "index",
     "prepare_images": "preparation",
     "write_embedded": "pack",
     "write_shards": "pack",

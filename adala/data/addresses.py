@@ -5,17 +5,19 @@ for only in what is left.
 """
 
 import glob
+import io
 import os
 import re
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
-from webdataset.gopen import gopen
 
-HTTP_TIMEOUT_S = 60
+from adala.data.cache import open_cached
+from adala.data.openers import MAX_TEXT_BYTES, open_remote, read_remote_text
+from adala.data.remote import BLOCK_BYTES, DEFAULT_OPTIONS, Patience, RemoteOptions
+
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAGIC = re.compile(r"[*?\[]")
@@ -36,30 +38,41 @@ def unescaped(pattern: str) -> str:
     return re.sub(r"\[([*?[])\]", r"\1", pattern)
 
 
-def open_stream(address: str) -> BinaryIO:
-    """A stream of bytes: of a local file, over HTTP, or by any scheme that WebDataset opens.
+def open_stream(
+    address: str, remote: RemoteOptions, size: int | None = None, patience: Patience | None = None
+) -> BinaryIO:
+    """The bytes of a shard: of a local file, or of a remote one, from the node's cache where there is one.
+
+    Args:
+        address: Path or URL.
+        remote: How a remote one is read.
+        size: How many bytes it must have; None where that is not known.
+        patience: Time that several readings of one shard share.
 
     Raises:
-        OSError: It cannot be opened.
-        ValueError: A scheme that nothing opens.
+        OSError: It cannot be opened, or, while it is read, see :class:`adala.data.remote.RemoteStream`.
     """
     if not is_remote(address):
         return open(address, "rb")
-    if address.startswith(("http://", "https://")):
-        # WebDataset would start curl, which waits for ever on a stalled connection.
-        return urllib.request.urlopen(address, timeout=HTTP_TIMEOUT_S)
-    return gopen(address)
+    if remote.cache_dir is not None:
+        return open_cached(address, size, remote, patience or Patience(remote, size))
+    return io.BufferedReader(open_remote(address, remote, size, patience), BLOCK_BYTES)
 
 
-def read_text(address: str) -> str:
+def read_text(address: str, remote: RemoteOptions = DEFAULT_OPTIONS) -> str:
     """A whole text file, UTF-8.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is not UTF-8.
+        ValueError: It is not UTF-8, or far too large.
     """
-    with open_stream(address) as stream:
-        return stream.read().decode("utf-8-sig")
+    if is_remote(address):
+        return read_remote_text(address, remote).decode("utf-8-sig")
+    with open(address, "rb") as stream:
+        content = stream.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise ValueError(f"it is larger than {MAX_TEXT_BYTES} bytes")
+    return content.decode("utf-8-sig")
 
 
 def local_path(address: str) -> str:

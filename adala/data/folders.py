@@ -14,10 +14,14 @@ def is_passed_over(name: str) -> bool:
 
 
 def files_below(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """Files in a folder and all folders below it, links followed; with ``names``, below these alone."""
+    """Files in a folder and all folders below it, links followed; with ``names``, below these alone.
+
+    Raises:
+        OSError: A folder cannot be read, whose files would be missing without a word.
+    """
     found: list[Path] = []
     visited: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         # A link that leads back up would be followed for ever.
         real = os.path.realpath(parent)
         if real in visited:
@@ -28,3 +32,7 @@ def files_below(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
         folders[:] = sorted(name for name in inside if not is_passed_over(name))
         found += [Path(parent) / name for name in sorted(files) if not is_passed_over(name)]
     return found
+
+
+def _refuse(error: OSError) -> None:
+    raise error

@@ -16,9 +16,20 @@ IMAGE_FIELDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff
 # Pillow's names. Left out are formats that start other programs (EPS: Ghostscript) and such as are no photographs. MPO
 # is what many telephones write under the name .jpg.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+# No model sees a fraction of them, and an image in memory takes 4 bytes for each, two or three times over. Decoders of
+# these formats hold a picture several times themselves, and get half as many.
+MAX_PIXELS = 2**26
+HEAVY_FORMATS = ("WEBP", "JPEG2000", "AVIF")
+# Of the longer side over the shorter one. An image is resized until the shorter one fits the model, the other with it.
+MAX_ASPECT = 50
+# Of a progressive JPEG, which has some ten. Each of them goes over the whole picture.
+MAX_SCANS = 250
+_SCAN = b"\xff\xda"
 # Depths in bits of grey images whose values come in 16 or 32 bits. Of the smallest that holds an image's brightest
 # value, that value is white: cameras and scanners of 12 bits write their values as they are.
 GREY_DEPTHS = (12, 16)
+# One of TIFF's tags, and a value of it.
+PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO = 262, 0
 # By EXIF orientation, what turns an image upright.
 TURNED_BY = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,16 +55,41 @@ def decode_image(content: bytes) -> Image.Image:
     larger; transparent pixels show white behind them.
 
     Raises:
-        DecodeError: Damaged, cut short, no image, or of a format that is not read.
+        DecodeError: Damaged, cut short, no image, of a format that is not read, or too large.
     """
     with decoding(content):
-        return _to_rgb(upright(open_image(content)))
+        stored = open_image(content)
+        _refuse_inverted(stored)
+        return _to_rgb(upright(stored))
+
+
+def _refuse_inverted(stored: Image.Image) -> None:
+    """Refuses grey that Pillow does not turn into what is seen, as it does with that of 8 bits."""
+    if (
+        stored.format == "TIFF"
+        and stored.mode not in ("1", "L")
+        and stored.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    ):
+        raise DecodeError(f"a TIFF of mode {stored.mode} whose 0 is white: write it as PNG")
 
 
 def open_image(content: bytes) -> Image.Image:
-    """The first image of a file's bytes as it is stored, its pixels not yet read."""
+    """The first image of a file's bytes as it is stored, its pixels not yet read.
+
+    Raises:
+        DecodeError: Reading them would take more memory or time than any image of use does.
+    """
     # Without a format of its list Pillow tries all that it knows.
-    return Image.open(io.BytesIO(content), formats=_formats())
+    image = Image.open(io.BytesIO(content), formats=_formats())
+    shorter, longer = sorted(image.size)
+    most = MAX_PIXELS // 2 if image.format in HEAVY_FORMATS else MAX_PIXELS
+    if shorter * longer > most:
+        raise DecodeError(f"{image.width} x {image.height} pixels, more than {most} in all: make it smaller")
+    if not shorter or longer > MAX_ASPECT * shorter:
+        raise DecodeError(f"{image.width} x {image.height} pixels, one side more than {MAX_ASPECT} times the other")
+    if image.format in ("JPEG", "MPO") and content.count(_SCAN) > MAX_SCANS:
+        raise DecodeError(f"a JPEG of more than {MAX_SCANS} scans: write it anew")
+    return image
 
 
 @contextmanager
@@ -108,15 +144,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _scaled_grey(image).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        # Nothing is held longer than needed: each of these may be a quarter of a gigabyte.
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def _scaled_grey(image: Image.Image) -> Image.Image:
     """8-bit grey of values in 12 or 16 bits, or of floats in 0 .. 1 or 0 .. 255."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     lowest, highest = float(values.min()), float(values.max())
     if not 0 <= lowest <= highest:  # NaN too
         raise DecodeError(f"grey values from {lowest:g} to {highest:g}: they must not be below 0")
@@ -126,4 +162,10 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
         white = next((2.0**depth - 1 for depth in GREY_DEPTHS if highest < 2**depth), None)
     if white is None:
         raise DecodeError(f"grey values up to {highest:g}: there is no telling which of them is white")
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for row, of_row in zip(grey, values, strict=True):  # in float64, of which the whole would be 8 bytes a pixel
+        row[:] = (of_row.astype(np.float64) * (255 / white)).round()
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)

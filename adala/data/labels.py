@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ LABELS_FIELDS = ("labels", "cls", "label", "json", "txt")
 LABELS_JSON_KEYS = ("labels", "classes", *JSON_KEYS)
 # Above any number of classes; what is larger is no label.
 LARGEST_LABEL = 2**31 - 1
+# Of a file that holds labels. What is larger is something else, as a caption or all that is known of a photograph.
+MAX_LABEL_BYTES = 2**20
+# Spaces that may stand about a label, and a number as people write classes: no sign, exponent, underscore or digits of
+# other scripts, all of which Python's own float takes.
+_SPACES = " \t\r\n"
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?", re.ASCII)
 
 Classes = tuple[str, ...]
 
@@ -28,8 +35,8 @@ class MissingLabelError(DecodeError):
 def read_label(fields: Mapping[str, bytes], classes: Classes | None = None) -> int:
     """The class of a sample.
 
-    Numbers may have spaces about them and a fraction of zeros. A name counts where ``classes`` has it, at whose place
-    its number stands. A ``.txt`` that is neither is a caption, and no label.
+    Numbers are of digits alone, with spaces about them and a fraction of zeros at most. A name counts where ``classes``
+    has it, at whose place its number stands. A ``.txt`` that is neither is a caption, and no label.
 
     Args:
         fields: Contents of the sample's files by extension.
@@ -83,20 +90,28 @@ def _separated(value: Any) -> list[Any]:
         return value
     if not isinstance(value, str):
         return [value]
-    entries = [entry.strip() for entry in re.split(r"[,\n]", value)]
-    numbers = value.replace(",", " ").split()
+    entries = [entry.strip(_SPACES) for entry in re.split(r"[,\n]", value)]
+    numbers = re.split(rf"[,{_SPACES}]+", value.strip("," + _SPACES))
     return numbers if all(_number(each) is not None for each in numbers) else [entry for entry in entries if entry]
 
 
 def _value(field: str, content: bytes, json_keys: tuple[str, ...]) -> Any:
     """What a file says of the label; None where it says nothing of it."""
+    if len(content) > MAX_LABEL_BYTES:
+        if field == "txt":
+            return None
+        raise DecodeError(f"its .{field} of {len(content)} bytes holds no label: {MAX_LABEL_BYTES} are the most")
     try:
-        text = content.decode("utf-8-sig").strip()
+        text = content.decode("utf-8-sig").strip(_SPACES)
         if field != "json":
             return text
         value = json.loads(text)
     except ValueError as error:
+        if field == "txt":  # a caption in another coding
+            return None
         raise DecodeError(f"its .{field} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise DecodeError(f"its .{field} cannot be read: it is nested too deeply") from error
     if isinstance(value, dict):
         return next((value[key] for key in json_keys if value.get(key) is not None), None)
     return value
@@ -112,30 +127,44 @@ def _is_class(value: Any, classes: Classes | None) -> bool:
 
 def _class_of(value: Any, classes: Classes | None) -> int:
     number = _number(value)
-    if number is None:
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is neither a number nor a name")
-        if classes is None:
-            raise ValueError(
-                f"{value[:60]!r} is a name: list the names of all classes in a classes.json or classes.txt beside the "
-                "shards, or in the file that data.classes names"
-            )
-        if value not in classes:
-            raise ValueError(f"{value[:60]!r} is not among the {len(classes)} names of classes")
+    if number is not None and number <= LARGEST_LABEL and number == int(number):
+        return int(number)
+    if value == "":
+        raise ValueError("it is empty")
+    shown = reprlib.repr(value)  # of any length and depth
+    if number is None and isinstance(value, str) and classes is not None and value in classes:
         return classes.index(value)
-    if not number.is_integer() or not 0 <= number <= LARGEST_LABEL:
-        raise ValueError(f"{value!r} is not one of 0, 1, 2, ...")
-    return int(number)
+    if number is not None or _is_like_a_number(value):
+        raise ValueError(f"{shown} is not one of 0, 1, 2, ...")
+    if not isinstance(value, str):
+        raise ValueError(f"{shown} is neither a number nor a name")
+    if classes is None:
+        raise ValueError(
+            f"{shown} is a name: list the names of all classes in a classes.json or classes.txt beside the shards, or "
+            "in the file that data.classes names"
+        )
+    raise ValueError(f"{shown} is not among the {len(classes)} names of classes")
 
 
 def _number(value: Any) -> float | None:
+    """What is written as the number of a class may be, in a text or in JSON; None where it is not."""
+    if isinstance(value, str):
+        return float(value) if _NUMBER.fullmatch(value) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON's NaN is no class either, and its infinity is above all of them.
+    return value if is_number and value >= 0 else None
+
+
+def _is_like_a_number(value: Any) -> bool:
+    """Whether Python takes it for a finite number."""
     if isinstance(value, bool):
-        return None
+        return False
     try:
-        number = float(value)
+        return math.isfinite(float(value))
+    except OverflowError:
+        return True
     except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+        return False
 
 
 def read_classes(text: str, address: str) -> Classes:
@@ -160,7 +189,7 @@ def read_classes(text: str, address: str) -> Classes:
 def _names_by_number(text: str, address: str) -> list[Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{address} is not JSON ({error}): it must be a list of names of classes") from error
     if isinstance(value, list):
         return value

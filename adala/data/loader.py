@@ -3,32 +3,32 @@
 import atexit
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from adala.data.index import ShardIndex
+from adala.data.mixture import Mixture
 from adala.data.order import (
     StreamPhase,
     StreamState,
     WorkerRange,
     advance,
-    cut_range,
     evaluation_batches,
     evaluation_range,
     open_phase,
     permuted_shards,
-    remaining_positions,
     shards_in_order,
     usable_samples,
+    worker_range,
 )
+from adala.data.positions import Intervals
 from adala.data.preparation import Preparation
 from adala.data.samples import (
     MIN_BAD_SAMPLES,
@@ -38,16 +38,19 @@ from adala.data.samples import (
     Sample,
     decode,
     fill_slots,
+    read_mixture,
     read_positions,
     reorder,
 )
+from adala.data.transfer import Lent, lending
 from adala.data.transforms import seeded
+from adala.watchdog import write_stacks_when_asked
 
 Batch = dict[str, Any]
 # Travels from a worker to the loader with a batch, and is taken out there.
 BAD_FIELD = "bad_samples"
 # By which schedulers and terminals end a job.
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def collate(ids: list[str], tensors: list[dict[str, torch.Tensor]], epoch: int) -> Batch:
@@ -66,14 +69,25 @@ def collate(ids: list[str], tensors: list[dict[str, torch.Tensor]], epoch: int) 
     return {**{name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}, "id": ids, "epoch": epoch}
 
 
+def at_once(samples: Iterable[RawSample], count: int) -> Iterator[RawSample]:
+    """The samples, of which so many are read before the first of them is decoded.
+
+    A processor's caches hold the code of reading, of decoding or of augmenting, so that each is done to a whole batch.
+    """
+    iterator = iter(samples)
+    while some := list(islice(iterator, count)):
+        yield from some
+
+
 def start_worker(worker: int) -> None:
-    """Sets up a data worker: one thread, and deaf to the signals that end a job.
+    """Sets up a data worker: one thread, stacks for a watchdog that asks, and deaf to the signals that end a job.
 
     Schedulers and terminals signal the whole process group; the trainer still wants batches until it has reached a
     step after which it can save.
     """
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    write_stacks_when_asked()
     torch.set_num_threads(1)
 
 
@@ -106,11 +120,11 @@ class TrainStream(IterableDataset):
         first_process = -state.phases[-1].micro_batches % num_streams
         while True:
             phase = state.phases[-1]
-            remaining = remaining_positions(self.usable, state.phases[:-1], self.seed, state.epoch)
             worker = (process - first_process) % num_streams
-            part = cut_range(remaining, phase, self.rank, worker, self.seed, state.epoch)
+            part = worker_range(self.usable, state, self.rank, worker, self.seed)
             yield from self._micro_batches(part, phase.micro_batch_size, state.epoch)
-            micro_batches = len(remaining) // (phase.world_size * phase.micro_batch_size)
+            left = self.usable - sum(past.samples for past in state.phases[:-1])
+            micro_batches = left // (phase.world_size * phase.micro_batch_size)
             first_process = (first_process + micro_batches) % num_streams
             fresh = StreamPhase(phase.world_size, phase.num_workers, phase.micro_batch_size, 0, phase.shuffle_buffer)
             state = StreamState(state.epoch + 1, (fresh,))
@@ -118,7 +132,7 @@ class TrainStream(IterableDataset):
     def _micro_batches(self, part: WorkerRange, micro_batch_size: int, epoch: int) -> Iterator[Batch]:
         bad = BadSamples(len(part.positions), self.max_bad_fraction)
         samples = fill_slots(
-            self._raw_samples(part, part.consumed, epoch),
+            at_once(self._raw_samples(part, part.consumed, epoch), micro_batch_size),
             lambda: self._raw_samples(part, 0, epoch),
             bad,
             self.preparation.reader,
@@ -128,7 +142,7 @@ class TrainStream(IterableDataset):
             batch.append(sample)
             if len(batch) == micro_batch_size:
                 tensors = [
-                    seeded(partial(self.preparation.transform, each.image, each.target), self.seed, epoch, each.id)
+                    seeded(partial(self.preparation.transform, each.image, each.target), self.seed, each.epoch, each.id)
                     for each in batch
                 ]
                 yield {**collate([each.id for each in batch], tensors, epoch), BAD_FIELD: bad.take()}
@@ -137,11 +151,17 @@ class TrainStream(IterableDataset):
 
     def _raw_samples(self, part: WorkerRange, skipped: int, epoch: int) -> Iterator[RawSample]:
         """The samples of a range in order of emission, from number ``skipped`` on; those before are not kept."""
+        arriving = part.buffer.left_after(skipped)
+        samples = self._samples_at(part.positions.take(arriving), epoch)
+        return reorder(samples, arriving, part.buffer.emission(skipped))
+
+    def _samples_at(self, positions: Intervals, epoch: int) -> Iterator[RawSample]:
+        if self.index.sources:
+            # One sequence for all epochs, which begins where the epochs before have stopped.
+            endless = positions.shifted(epoch * self.usable)
+            return read_mixture(self.index, Mixture.of(self.index), endless, self.seed)
         sequence = permuted_shards([shard.samples for shard in self.index.shards], self.seed, epoch)
-        part = replace(part, consumed=skipped)
-        arriving = np.flatnonzero(~part.consumed_mask())
-        samples = read_positions(self.index, sequence, np.asarray(part.positions)[arriving])
-        return reorder(samples, arriving, islice(part.emission(), skipped, None))
+        return read_positions(self.index, sequence, positions)
 
 
 class TrainLoader:
@@ -180,7 +200,7 @@ class TrainLoader:
             shuffle_buffer: Samples among which each worker shuffles, undecoded; 0 and 1 do not shuffle.
             pin_memory: Whether batches lie in pinned memory.
             state: Where to begin, from another loader's :attr:`state` over the same index, seed and global batch.
-            max_bad_fraction: Part of a worker's range that may be unusable, but at least 10 samples may.
+            max_bad_fraction: See :class:`adala.data.samples.BadSamples`.
 
         Raises:
             ValueError: Fewer samples than one global batch, a global batch that does not divide into micro-batches, or
@@ -198,6 +218,7 @@ class TrainLoader:
             )
         self.index = index
         self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
         self.gradient_accumulation_steps = global_batch_size // (micro_batch_size * world_size)
         self.bad_samples: dict[str, int] = {}
         self._preparation = preparation
@@ -220,8 +241,8 @@ class TrainLoader:
 
     @property
     def dropped_samples(self) -> int:
-        """Samples of an epoch that do not fill a global batch; other ones in each epoch."""
-        return self.index.num_samples - self._usable
+        """Samples of an epoch that do not fill a global batch; other ones in each epoch, and none of a mixture."""
+        return 0 if self.index.sources else self.index.num_samples - self._usable
 
     @property
     def state(self) -> StreamState:
@@ -256,30 +277,38 @@ class TrainLoader:
 
 def iterate(stream: IterableDataset, num_workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """The batches of a stream through torch's loader, whose workers end when this generator does."""
-    loader = DataLoader(
+    if num_workers == 0:
+        yield from _loader_of(stream, 0, pin_memory)
+        return
+    with lending(stream, num_workers) as lent:
+        with ending_signals_held_back():
+            batches = iter(_loader_of(lent, num_workers, pin_memory))
+        # Workers ignore SIGTERM, by which multiprocessing ends those that are left when the interpreter exits before it
+        # waits for them: a trainer that failed would wait for ever. Handlers registered last run first. The reference
+        # also keeps the garbage collector from closing the workers' queues before they were told to stop.
+        stop = partial(stop_workers, batches)
+        atexit.register(stop)
+        try:
+            for batch in batches:
+                yield batch.taken() if isinstance(batch, Lent) else batch  # in pinned memory, it is taken already
+        finally:
+            atexit.unregister(stop)
+            stop()
+
+
+def _loader_of(stream: IterableDataset, num_workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
         stream,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
+        # Python 3.14 starts processes otherwise by default, and each would import all of torch and get a copy of the
+        # index.
+        multiprocessing_context="fork" if num_workers else None,
         # It would otherwise draw its base seed from the global generator, and move the trainer's random numbers.
         generator=torch.Generator(),
     )
-    if num_workers == 0:
-        yield from loader
-        return
-    with ending_signals_held_back():
-        batches = iter(loader)
-    # Workers ignore SIGTERM, by which multiprocessing ends those that are left when the interpreter exits before it
-    # waits for them: a trainer that failed would wait for ever. Handlers registered last run first. The reference also
-    # keeps the garbage collector from closing the workers' queues before they were told to stop.
-    stop = partial(stop_workers, batches)
-    atexit.register(stop)
-    try:
-        yield from batches
-    finally:
-        atexit.unregister(stop)
-        stop()
 
 
 @contextmanager
@@ -309,26 +338,29 @@ class EvaluationStream(IterableDataset):
 
     index: ShardIndex
     preparation: Preparation
-    positions: range
+    positions: Intervals
     batch_size: int
     max_bad_fraction: float
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_streams = worker_place()
         sequence = shards_in_order([shard.samples for shard in self.index.shards])
-        batches = evaluation_batches(self.positions, self.batch_size, num_streams, worker)
+        batches = evaluation_batches(range(len(self.positions)), self.batch_size, num_streams, worker)
         if not batches:
             return
-        samples = read_positions(self.index, sequence, range(batches[0].start, batches[-1].stop))
+        samples = read_positions(self.index, sequence, self.positions.slice(batches[0].start, batches[-1].stop))
         total = sum(len(batch) for batch in batches)
         # Few of few: scores of what is left should still be scores of the set.
         at_least = min(MIN_BAD_SAMPLES, max(1, total // 10))
         bad = BadSamples(total, self.max_bad_fraction, at_least)
         for batch in batches:
-            decoded = [sample for raw in islice(samples, len(batch)) if (sample := self._decode(raw, bad)) is not None]
+            raws = list(islice(samples, len(batch)))
+            decoded = [sample for raw in raws if (sample := self._decode(raw, bad)) is not None]
             if decoded:
                 tensors = [self.preparation.transform(sample.image, sample.target) for sample in decoded]
                 yield {**collate([sample.id for sample in decoded], tensors, epoch=0), BAD_FIELD: bad.take()}
+        if left := bad.take():  # of a last batch without a good sample
+            yield {BAD_FIELD: left}
 
     def _decode(self, raw: RawSample, bad: BadSamples) -> Sample | None:
         try:
@@ -366,17 +398,18 @@ class EvaluationLoader:
             world_size: Number of ranks, whose parts differ by at most one sample.
             num_workers: Data workers of this rank; 0 reads in this process.
             limit: Only the first so many samples of the set, over all ranks together; None is all.
-            max_bad_fraction: See :class:`TrainLoader`.
+            max_bad_fraction: See :class:`adala.data.samples.BadSamples`; of few samples, a tenth may be bad.
         """
-        num_samples = index.num_samples if limit is None else min(limit, index.num_samples)
-        positions = evaluation_range(num_samples, rank, world_size)
+        chosen = Intervals.whole(0, index.num_samples) if limit is None else index.first(limit)
+        mine = evaluation_range(len(chosen), rank, world_size)
+        positions = chosen.slice(mine.start, mine.stop)
         self._num_batches = -(-len(positions) // batch_size)
         self._num_workers = min(num_workers, self._num_batches)
         self._stream = EvaluationStream(index, preparation, positions, batch_size, max_bad_fraction)
         self.bad_samples: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """Batches of this rank at most; ranks may differ by one, and one of bad samples alone is left out."""
+        """Batches of this rank at most; ranks may differ by one, and those of bad samples alone are left out."""
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -388,4 +421,5 @@ class EvaluationLoader:
         self.bad_samples = {}
         for batch in iterate(self._stream, self._num_workers):
             self.bad_samples = dict(Counter(self.bad_samples) + Counter(batch.pop(BAD_FIELD)))
-            yield batch
+            if batch:
+                yield batch

@@ -12,7 +12,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from adala.data.images import DecodeError, decoding, open_image, orientation, upright
+from adala.data.images import (
+    MAX_PIXELS,
+    PHOTOMETRIC_INTERPRETATION,
+    WHITE_IS_ZERO,
+    DecodeError,
+    decoding,
+    open_image,
+    orientation,
+    upright,
+)
 from adala.data.index import image_field
 
 # Files that may hold a mask, in the order in which they are asked.
@@ -25,11 +34,13 @@ MASK_FIELDS = tuple(
 MASK_FORMATS = ("PNG", "TIFF")
 # TIFF's compressions that change values.
 LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
-# TIFF's tags, and a value of one.
-BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO = 258, 262, 0
+# One of TIFF's tags.
+BITS_PER_SAMPLE = 258
 # What Pillow multiplies grey values of so many bits with, so that the largest is white.
 GREY_FACTORS = {2: 85, 4: 17}
 COLOUR_MODES = ("RGB", "RGBA")
+# Fewer than of an image: a class takes 4 bytes, and 8 on its way into a batch.
+MAX_MASK_PIXELS = MAX_PIXELS // 2
 LARGEST_VALUE = 2**16 - 1
 
 ADE20K_CLASSES = 150
@@ -178,9 +189,11 @@ def _open(content: bytes) -> Image.Image:
     """A mask's file, its pixels not yet read.
 
     Raises:
-        DecodeError: Its format is not among those that keep values.
+        DecodeError: Its format is not among those that keep values, or it is too large.
     """
     image = open_image(content)
+    if image.width * image.height > MAX_MASK_PIXELS:
+        raise DecodeError(f"{image.width} x {image.height} pixels, more than {MAX_MASK_PIXELS} in all")
     lossy = image.info.get("compression") in LOSSY_COMPRESSIONS
     if image.format not in MASK_FORMATS or lossy:
         raise DecodeError(

@@ -1,22 +1,26 @@
 """The order of the stream: which sample comes when, as a pure function of (seed, epoch, ranks, workers). No I/O.
 
-An epoch is a sequence of positions 0 .. S-1: its shards permuted, their samples one after the other. The first
-``usable`` of them (whole global batches) are trained on. They are cut into equal contiguous ranges, one a rank; a
-rank's micro-batches are dealt to its workers in turn, and each worker reads one contiguous range in sequence and
-emits it through a seeded buffer.
+An epoch is a sequence of positions 0 .. S-1: its shards permuted, their samples one after the other (or a stretch of a
+mixture, see ``mixture``). The first ``usable`` of them (whole global batches) are trained on. They are cut into equal
+contiguous ranges, one a rank; a rank's micro-batches are dealt to its workers in turn, and each worker reads one
+contiguous range in sequence and emits it through a seeded buffer.
 
-What was consumed is a list of phases, each a number of micro-batches under one cut. Replaying them gives what
-remains of the epoch, which another number of ranks or workers then cuts anew.
+What was consumed is a list of phases, each a number of micro-batches under one cut. Of each range it leaves the part
+that was not read yet and what the buffer held; the next cut is one of what all ranges left. A worker finds its own
+range by going through those alone that overlap with it, so that planning costs as much on a thousand ranks as on one.
 """
 
-import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, islice
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+
+from adala.data.positions import Intervals
+from adala.data.shuffle import SlidingBuffer, drawn
 
 
 @dataclass(frozen=True)
@@ -96,23 +100,28 @@ class ShardSequence:
     Attributes:
         shards: Indices of the shards.
         ends: Position after the last sample of each of them.
+        epoch: Whose order it is.
     """
 
     shards: tuple[int, ...]
     ends: tuple[int, ...]
+    epoch: int = 0
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """The shard that holds a position, and the position's ordinal within it."""
-        place = bisect_right(self.ends, position)
-        return self.shards[place], position - (self.ends[place - 1] if place else 0)
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        return np.array(self.ends, dtype=np.int64)
 
-    def spans(self, positions: Sequence[int]) -> Iterator[tuple[int, Sequence[int], int]]:
-        """Ascending ``positions`` by shard: (shard, its part of the positions, position of the shard's ordinal 0)."""
+    def spans(self, positions: Intervals | range) -> Iterator[tuple[int, np.ndarray]]:
+        """Ascending ``positions`` by shard: (shard, their ordinals within it), one shard after the other."""
+        if isinstance(positions, range):
+            positions = Intervals.whole(positions.start, positions.stop)
         begin = 0
         while begin < len(positions):
-            place = bisect_right(self.ends, positions[begin])
-            end = bisect_right(positions, self.ends[place] - 1, lo=begin)
-            yield self.shards[place], positions[begin:end], self.ends[place - 1] if place else 0
+            first = positions.at(np.array(begin))
+            place = int(np.searchsorted(self._bounds, first, side="right"))
+            end = positions.below(self.ends[place])
+            start = self.ends[place - 1] if place else 0
+            yield self.shards[place], positions.slice(begin, end).numbers() - start
             begin = end
 
 
@@ -121,13 +130,19 @@ def shards_in_order(shard_sizes: Sequence[int]) -> ShardSequence:
     return ShardSequence(tuple(range(len(shard_sizes))), tuple(accumulate(shard_sizes)))
 
 
-def permuted_shards(shard_sizes: Sequence[int], seed: int, epoch: int) -> ShardSequence:
-    """The sequence of a training epoch. ``shard_sizes`` counts samples."""
-    # Of Python's generators only `random()` promises the same numbers in every version, so no `shuffle` here.
-    generator = random.Random(f"shards/{seed}/{epoch}")
-    keys = [generator.random() for _ in shard_sizes]
-    shards = tuple(sorted(range(len(shard_sizes)), key=keys.__getitem__))
-    return ShardSequence(shards, tuple(accumulate(shard_sizes[shard] for shard in shards)))
+def permuted_shards(shard_sizes: Sequence[int], seed: int, epoch: int, source: int | None = None) -> ShardSequence:
+    """The sequence of a training epoch.
+
+    Args:
+        shard_sizes: Samples of each shard.
+        seed: Of the order.
+        epoch: Counted from 0.
+        source: Which one of a mixture's sources the shards are, all of which have orders of their own.
+    """
+    key = f"shards/{seed}/{epoch}" if source is None else f"shards/{seed}/{epoch}/{source}"
+    order = np.argsort(drawn(key, 0, len(shard_sizes)), kind="stable")
+    ends = np.cumsum(np.asarray(shard_sizes, dtype=np.int64)[order])
+    return ShardSequence(tuple(order.tolist()), tuple(ends.tolist()), epoch)
 
 
 def usable_samples(num_samples: int, global_batch_size: int) -> int:
@@ -135,52 +150,30 @@ def usable_samples(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size * global_batch_size
 
 
-def shuffled(length: int, buffer_size: int, key: str) -> Iterator[int]:
-    """0 .. length-1 in the order in which a sliding buffer of ``buffer_size`` emits them; 0 and 1 keep the order.
-
-    The first number comes out once the buffer is full, so that at most ``buffer_size`` samples are held at a time.
-    """
-    if buffer_size <= 1:
-        yield from range(length)
-        return
-    generator = random.Random(key)
-    buffer = list(range(min(buffer_size, length)))
-    for incoming in range(len(buffer), length):
-        slot = int(generator.random() * buffer_size)
-        yield buffer[slot]
-        buffer[slot] = incoming
-    while buffer:
-        slot = int(generator.random() * len(buffer))
-        buffer[slot], buffer[-1] = buffer[-1], buffer[slot]
-        yield buffer.pop()
-
-
 @dataclass(frozen=True)
 class WorkerRange:
     """What one worker of one rank reads during a phase.
 
     Attributes:
-        positions: Ascending positions of its range, a ``range`` or an integer array.
+        positions: Those of its range.
         key: Seeds the shuffle buffer.
         shuffle_buffer: Size of the buffer, in samples.
         consumed: Samples that were emitted already.
     """
 
-    positions: Sequence[int]
+    positions: Intervals
     key: str
     shuffle_buffer: int
     consumed: int
 
-    def emission(self) -> Iterator[int]:
-        """Indices into ``positions`` in the order of emission, from the first."""
-        return shuffled(len(self.positions), self.shuffle_buffer, self.key)
+    @property
+    def buffer(self) -> SlidingBuffer:
+        """Emits places in :attr:`positions`, from the first."""
+        return SlidingBuffer(len(self.positions), self.shuffle_buffer, self.key)
 
-    def consumed_mask(self) -> np.ndarray:
-        """Boolean (len(positions),): which were emitted already."""
-        mask = np.zeros(len(self.positions), dtype=bool)
-        if self.consumed:
-            mask[np.fromiter(islice(self.emission(), self.consumed), dtype=np.int64, count=self.consumed)] = True
-        return mask
+    def left(self) -> Intervals:
+        """The positions that were not emitted."""
+        return self.positions.take(self.buffer.left_after(self.consumed))
 
 
 def micro_batches_of_worker(micro_batches: int, num_streams: int, worker: int) -> int:
@@ -188,42 +181,120 @@ def micro_batches_of_worker(micro_batches: int, num_streams: int, worker: int) -
     return len(range(worker, micro_batches, num_streams))
 
 
-def cut_range(
-    remaining: Sequence[int], phase: StreamPhase, rank: int, worker: int, seed: int, epoch: int
-) -> WorkerRange:
-    """The part of ``remaining`` (ascending positions) that a worker of a rank reads during ``phase``."""
-    rank_length = len(remaining) // phase.world_size
-    counts = [
-        micro_batches_of_worker(rank_length // phase.micro_batch_size, phase.num_streams, other)
-        * phase.micro_batch_size
-        for other in range(worker + 1)
-    ]
-    begin = rank * rank_length + sum(counts[:worker])
-    positions = remaining[begin : begin + counts[worker]]
-    first = int(positions[0]) if len(positions) else -1
-    return WorkerRange(
-        positions=positions,
-        key=f"buffer/{seed}/{epoch}/{first}/{len(positions)}",
-        shuffle_buffer=phase.shuffle_buffer,
-        consumed=micro_batches_of_worker(phase.micro_batches, phase.num_streams, worker) * phase.micro_batch_size,
-    )
+@dataclass(frozen=True)
+class Cut:
+    """How ``length`` samples are cut into ranges: number i is that of rank i // num_streams, worker i % num_streams."""
+
+    length: int
+    phase: StreamPhase
+
+    def __post_init__(self) -> None:
+        share = self.phase.world_size * self.phase.micro_batch_size
+        assert self.length % share == 0, "cuts change between global batches, which every cut divides"
+
+    @cached_property
+    def _bounds(self) -> tuple[int, ...]:
+        """Where the ranges of a rank begin within its share, and the last one's end."""
+        phase = self.phase
+        micro_batches = self.length // (phase.world_size * phase.micro_batch_size)
+        return (0, *accumulate(self._samples_of(worker, micro_batches) for worker in range(phase.num_streams)))
+
+    @cached_property
+    def _left_bounds(self) -> tuple[int, ...]:
+        """As :attr:`_bounds`, of what the phase left of each range."""
+        lengths = (end - begin for begin, end in zip(self._bounds, self._bounds[1:], strict=False))
+        return (0, *accumulate(length - self.consumed(worker) for worker, length in enumerate(lengths)))
+
+    def _samples_of(self, worker: int, micro_batches: int) -> int:
+        return micro_batches_of_worker(micro_batches, self.phase.num_streams, worker) * self.phase.micro_batch_size
+
+    def consumed(self, worker: int) -> int:
+        """Samples that a worker emitted during the phase."""
+        return self._samples_of(worker, self.phase.micro_batches)
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """Where a range begins and ends among the ``length`` samples."""
+        return self._bound(self._bounds, number), self._bound(self._bounds, number, 1)
+
+    def left_bounds(self, number: int) -> tuple[int, int]:
+        """Where what is left of a range begins and ends among what is left of all."""
+        return self._bound(self._left_bounds, number), self._bound(self._left_bounds, number, 1)
+
+    def _bound(self, bounds: tuple[int, ...], number: int, edge: int = 0) -> int:
+        rank, worker = divmod(number, self.phase.num_streams)
+        return rank * bounds[-1] + bounds[worker + edge]
+
+    def holder(self, place: int) -> int:
+        """The range that left the sample at a place among what is left of all."""
+        rank, place = divmod(place, self._left_bounds[-1])
+        return rank * self.phase.num_streams + bisect_right(self._left_bounds, place) - 1
+
+    def range_of(self, number: int, positions: Intervals, seed: int, epoch: int) -> WorkerRange:
+        """Range ``number``, which has these ``positions``."""
+        first = int(positions.starts[0]) if len(positions) else -1
+        return WorkerRange(
+            positions=positions,
+            key=f"buffer/{seed}/{epoch}/{first}/{len(positions)}",
+            shuffle_buffer=self.phase.shuffle_buffer,
+            consumed=self.consumed(number % self.phase.num_streams),
+        )
 
 
-def remaining_positions(usable: int, phases: Sequence[StreamPhase], seed: int, epoch: int) -> Sequence[int]:
-    """Ascending positions of an epoch that ``phases`` left over, by replaying them.
+@dataclass(frozen=True)
+class Remainder:
+    """The positions of an epoch that some phases left over.
 
-    Costs about 0.3 s for every million samples consumed, and nothing without phases.
+    Attributes:
+        usable: Samples of the epoch.
+        phases: What was read of it, oldest first.
+        seed: Of the order.
+        epoch: Counted from 0.
     """
-    remaining: Sequence[int] = range(usable)
-    for phase in phases:
-        left = [
-            np.asarray(part.positions)[~part.consumed_mask()]
-            for rank in range(phase.world_size)
-            for worker in range(phase.num_streams)
-            for part in [cut_range(remaining, phase, rank, worker, seed, epoch)]
-        ]
-        remaining = np.concatenate(left)
-    return remaining
+
+    usable: int
+    phases: tuple[StreamPhase, ...]
+    seed: int
+    epoch: int
+
+    def __len__(self) -> int:
+        return self.usable - sum(phase.samples for phase in self.phases)
+
+    @cached_property
+    def _cuts(self) -> list[Cut]:
+        read = accumulate((phase.samples for phase in self.phases), initial=0)
+        return [Cut(self.usable - before, phase) for before, phase in zip(read, self.phases, strict=False)]
+
+    def slice(self, begin: int, end: int) -> Intervals:
+        """The positions of the remaining samples begin .. end-1."""
+        if begin >= end:
+            return Intervals.whole(0, 0)
+        # From the last phase back to the first: which ranges, whole, what is asked for came from.
+        asked = []
+        for cut in reversed(self._cuts):
+            first, last = cut.holder(begin), cut.holder(end - 1)
+            asked.append((cut, first, last, begin - cut.left_bounds(first)[0], end - begin))
+            begin, end = cut.bounds(first)[0], cut.bounds(last)[1]
+        positions = Intervals.whole(begin, end)
+        for cut, first, last, skipped, count in reversed(asked):
+            left = Intervals.joined(self._left_of(cut, first, last, positions))
+            positions = left.slice(skipped, skipped + count)
+        return positions
+
+    def _left_of(self, cut: Cut, first: int, last: int, positions: Intervals) -> Iterator[Intervals]:
+        """What is left of each of the ranges first .. last, which together have these ``positions``."""
+        origin = cut.bounds(first)[0]
+        for number in range(first, last + 1):
+            begin, end = cut.bounds(number)
+            own = positions.slice(begin - origin, end - origin)
+            yield cut.range_of(number, own, self.seed, self.epoch).left()
+
+
+def worker_range(usable: int, state: StreamState, rank: int, worker: int, seed: int) -> WorkerRange:
+    """What a worker of a rank reads in the last phase of ``state``, of an epoch of ``usable`` samples."""
+    *before, phase = state.phases
+    remainder = Remainder(usable, tuple(before), seed, state.epoch)
+    cut, number = Cut(len(remainder), phase), rank * phase.num_streams + worker
+    return cut.range_of(number, remainder.slice(*cut.bounds(number)), seed, state.epoch)
 
 
 def open_phase(state: StreamState, phase: StreamPhase, usable: int, global_batch_size: int) -> StreamState:

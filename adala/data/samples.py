@@ -1,24 +1,29 @@
 """From shards to samples: reading tar files in sequence, decoding, and filling the slots of bad samples."""
 
-import http.client
 import logging
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from adala.data.addresses import is_remote, open_stream
+from adala.data.cache import discard_cached, fetch_ahead
 from adala.data.images import IMAGE_FIELDS, DecodeError, decode_image
 from adala.data.index import Shard, ShardIndex, image_field, index_command
-from adala.data.order import ShardSequence
+from adala.data.mixture import Mixture
+from adala.data.order import ShardSequence, permuted_shards
+from adala.data.positions import Intervals
 from adala.data.preparation import TargetReader
+from adala.data.remote import DEFAULT_OPTIONS, Patience, RemoteOptions
 from adala.data.tars import Fields, read_samples
 
-# Times in a row that a remote shard may break without one new sample between them before reading gives up.
-REMOTE_ATTEMPTS = 3
+# Readings in a row of a remote shard that may end at the same damage before it is taken for the shard's own.
+DAMAGED_READINGS = 3
+# Samples of a mixture whose sources are found at once.
+BLOCK = 4096
 # A worker's range may always hold so many bad samples, however short it is.
 MIN_BAD_SAMPLES = 10
 
@@ -35,27 +40,37 @@ class Sample:
     """One decoded sample.
 
     Attributes:
-        id: ``<shard file name>/<key>``.
+        id: ``<shard file name>/<key>``, in a mixture behind the number of the source.
         image: RGB.
         target: What the task reads of it; None where no target is wanted.
+        epoch: How often its data set was read through before, which is a source's own count in a mixture.
     """
 
     id: str
     image: Image.Image
     target: Any
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as it lies in its shard: ``fields`` are the contents of its files by extension."""
+    """One sample as it lies in its shard.
+
+    Attributes:
+        shard: Which holds it.
+        key: Its name there.
+        fields: The contents of its files by extension.
+        epoch: See :class:`Sample`.
+    """
 
     shard: Shard
     key: str
     fields: Fields
+    epoch: int = 0
 
     @property
     def id(self) -> str:
-        return f"{self.shard.name}/{self.key}"
+        return f"{self.shard.label}/{self.key}"
 
 
 def decode(raw: RawSample, reader: TargetReader | None = None) -> Sample:
@@ -73,52 +88,68 @@ def decode(raw: RawSample, reader: TargetReader | None = None) -> Sample:
     except DecodeError as error:
         raise DecodeError(f"its {field} cannot be decoded: {error}") from error
     if reader is None:
-        return Sample(raw.id, image, None)
+        return Sample(raw.id, image, None, raw.epoch)
     try:
         target = reader.read(raw.fields, raw.shard.classes, (image.height, image.width))
     except DecodeError:
         raise
     except ValueError as error:
         raise BadDataError(f"the sample {raw.id}: {error}") from error
-    return Sample(raw.id, image, target)
+    return Sample(raw.id, image, target, raw.epoch)
 
 
-def read_shard(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
+def read_shard(
+    shard: Shard,
+    ordinals: Sequence[int],
+    remote: RemoteOptions = DEFAULT_OPTIONS,
+) -> Iterator[RawSample]:
     """The samples at ascending ``ordinals`` of a shard, read in sequence; closes it after the last.
 
-    A remote shard whose stream breaks is opened again and skipped to where it was.
+    A remote stream that breaks goes on by itself. A remote shard that comes damaged is read again and skipped to where
+    it was: it may have been damaged on its way, or in the cache.
 
     Raises:
-        ValueError: The shard ends before the ordinals do, or is damaged.
+        ValueError: The shard does not hold as many samples as its index says, or is damaged.
         OSError: The shard cannot be read.
     """
     done = 0
-    attempts = REMOTE_ATTEMPTS if is_remote(shard.url) else 1
+    size = shard.bytes or None
+    readings = DAMAGED_READINGS if is_remote(shard.url) else 1
+    patience = Patience(remote, size)
     failures = 0
     while done < len(ordinals):
         try:
-            for raw in _read_once(shard, ordinals[done:]):
+            for raw in _read_once(shard, ordinals[done:], remote, patience):
                 yield raw
                 done += 1
                 failures = 0
-        except (OSError, tarfile.TarError, EOFError, http.client.HTTPException) as error:
+        except (OSError, tarfile.TarError, EOFError) as error:
             failures += 1
-            if failures == attempts:
+            if _is_of_the_system(error) or failures == readings:
                 raise _unreadable(shard, int(ordinals[done]), error) from error
-            logger.warning("reading %s broke before sample %d (%r): opening it again", shard.url, ordinals[done], error)
+            logger.warning("reading %s broke before sample %d (%r): reading it again", shard.url, ordinals[done], error)
+            if remote.cache_dir is not None:
+                discard_cached(shard.url, size, remote)
 
 
-def _read_once(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
+def _read_once(shard: Shard, ordinals: Sequence[int], remote: RemoteOptions, patience: Patience) -> Iterator[RawSample]:
     """:func:`read_shard` without a second opening.
 
     Raises:
         EOFError: The shard ends early.
+        ValueError: It goes on behind the last sample that is listed.
     """
     taken = 0
-    with open_stream(shard.url) as stream:
-        for ordinal, (key, fields) in enumerate(read_samples(stream, shard.url)):
+    with open_stream(shard.url, remote, shard.bytes or None, patience) as stream:
+        samples = enumerate(read_samples(stream, shard.url))
+        for ordinal, (key, fields) in samples:
             if ordinal != ordinals[taken]:
                 continue
+            if ordinal + 1 == shard.samples and next(samples, None) is not None:
+                raise ValueError(
+                    f"the shard {shard.url} holds more than the {shard.samples} samples that its index lists: write "
+                    f"the index anew with `{_index_command(shard)}`"
+                )
             yield RawSample(shard, key, fields)
             taken += 1
             if taken == len(ordinals):
@@ -126,20 +157,59 @@ def _read_once(shard: Shard, ordinals: Sequence[int]) -> Iterator[RawSample]:
     raise EOFError("it ends there")
 
 
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether a file could not be read, and not what it holds."""
+    return isinstance(error, OSError) and not isinstance(error, tarfile.TarError)
+
+
 def _unreadable(shard: Shard, ordinal: int, error: Exception) -> Exception:
-    if isinstance(error, OSError) and not isinstance(error, tarfile.TarError):
+    if _is_of_the_system(error):
         return OSError(f"cannot read the shard {shard.url}: {error}")
-    folder = shard.url.rpartition("/")[0]
     return ValueError(
         f"the shard {shard.url} gave {ordinal} samples where its index lists {shard.samples} ({error}): fetch it "
-        f"again, or write the index anew with `{index_command(folder)}`"
+        f"again, or write the index anew with `{_index_command(shard)}`"
     )
 
 
-def read_positions(index: ShardIndex, sequence: ShardSequence, positions: Sequence[int]) -> Iterator[RawSample]:
+def _index_command(shard: Shard) -> str:
+    return index_command(shard.url.rpartition("/")[0])
+
+
+def read_positions(index: ShardIndex, sequence: ShardSequence, positions: Intervals | range) -> Iterator[RawSample]:
     """The samples at ascending ``positions`` of a sequence, each shard opened once."""
-    for shard, part, first in sequence.spans(positions):
-        yield from read_shard(index.shards[shard], [int(position) - first for position in part])
+    spans = iter(sequence.spans(positions))
+    span = next(spans, None)
+    while span is not None:
+        (shard, ordinals), span = span, next(spans, None)
+        for number, raw in enumerate(read_shard(index.shards[shard], ordinals.tolist(), index.remote)):
+            # Not before, so that the shard that is needed now has the network to itself.
+            if number == 0 and span is not None:
+                _fetch_ahead(index.shards[span[0]], index.remote)
+            yield replace(raw, epoch=sequence.epoch)
+
+
+def _fetch_ahead(shard: Shard, remote: RemoteOptions) -> None:
+    if remote.cache_dir is not None and is_remote(shard.url):
+        fetch_ahead(shard.url, shard.bytes or None, remote)
+
+
+def read_mixture(index: ShardIndex, mixture: Mixture, positions: Intervals, seed: int) -> Iterator[RawSample]:
+    """The samples at ascending ``positions`` of a mixture; of each source one shard is open at a time."""
+    sources = [
+        _read_source(index.of_source(source), numbers, seed, source)
+        for source, numbers in enumerate(mixture.numbers(positions))
+    ]
+    for begin in range(0, len(positions), BLOCK):
+        block = positions.slice(begin, min(begin + BLOCK, len(positions)))
+        for source in mixture.locate(block.numbers())[0].tolist():
+            yield next(sources[source])
+
+
+def _read_source(index: ShardIndex, numbers: Intervals, seed: int, source: int) -> Iterator[RawSample]:
+    """The samples of a mixture's source at ascending numbers of its endless sequence, epoch by epoch of its own."""
+    sizes = [shard.samples for shard in index.shards]
+    for epoch, positions in numbers.split(sum(sizes)):
+        yield from read_positions(index, permuted_shards(sizes, seed, epoch, source), positions)
 
 
 def reorder(samples: Iterable[RawSample], arriving: Iterable[int], leaving: Iterable[int]) -> Iterator[RawSample]:
@@ -160,8 +230,8 @@ class BadSamples:
     """Counts bad samples of one worker's range by shard, and stops the run when there are too many."""
 
     def __init__(self, range_length: int, max_fraction: float, at_least: int = MIN_BAD_SAMPLES):
-        """Permits a part of the range to be bad, but at least so many samples."""
-        self.limit = max(at_least, int(max_fraction * range_length))
+        """Permits a part of the range to be bad, but at least so many samples; none where that part is 0."""
+        self.limit = max(at_least, int(max_fraction * range_length)) if max_fraction else 0
         self._seen: set[str] = set()
         self._fresh: Counter[str] = Counter()
 
@@ -174,12 +244,13 @@ class BadSamples:
         if raw.id in self._seen:
             return
         self._seen.add(raw.id)
-        self._fresh[raw.shard.name] += 1
+        self._fresh[raw.shard.label] += 1
         logger.warning("skipping the sample %s: %s", raw.id, error)
         if len(self._seen) > self.limit:
             raise BadDataError(
                 f"more than {self.limit} samples of one data worker's range are bad, the last in {raw.shard.url} "
-                f"({raw.id}: {error}): repair the shards, or leave the bad samples out"
+                f"({raw.id}: {error}): repair the shards, leave the bad samples out, or allow more of them with "
+                "data.max_bad_fraction"
             )
 
     def take(self) -> dict[str, int]:

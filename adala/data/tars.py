@@ -5,21 +5,22 @@ says what each of them is. Counting and reading both go through here, so that th
 """
 
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
+
+from adala.data.archives import MAX_FILE_BYTES, read_files
 
 # A name up to the first dot behind its last folder, and the rest.
 _FIRST_DOT = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 # The same of a key alone.
 _STEM = re.compile(r"(?:.*/)?[^./]*", re.DOTALL)
-# Files that programs leave behind: hidden ones (.DS_Store, macOS' ._NAME), macOS' folder of these, WebDataset's own
-# notes (__index__).
-_NOT_DATA = re.compile(r"(?:^|/)(?:\.[^/]+|__MACOSX|__[^/]+__)(?:/|$)")
+# Files that programs leave behind: hidden ones (.DS_Store, macOS' ._NAME, but no ".." that leads up), macOS' folder of
+# these, WebDataset's own notes (__index__).
+_NOT_DATA = re.compile(r"(?:^|/)(?:\.(?!\.?/)[^/]+|__MACOSX|__[^/]+__)(?:/|$)")
 # So many files in a row whose names agree up to the first dot are no sample, but names with dots in them.
 MAX_FILES = 64
-# No image, label or mask is larger; a few bytes of a damaged or hostile archive can claim to be.
-MAX_FILE_BYTES = 2**30
+# Of a sample whose files have plain extensions.
+MAX_SAMPLE_FILES = 1024
 
 Files = Iterable[tuple[str, bytes]]
 Fields = dict[str, bytes]
@@ -29,97 +30,37 @@ def read_samples(stream: BinaryIO, url: str) -> Iterator[tuple[str, Fields]]:
     """The samples of a tar stream, compressed or not: key, and contents by extension in lower case.
 
     Raises:
-        ValueError: It holds links, a file twice, the files of a sample apart, or a second archive behind its end.
-        tarfile.TarError, EOFError, OSError: It is damaged, or cannot be read.
+        ValueError: It holds links, a file twice, the files of a sample apart, too many or too large ones, or a second
+            archive behind its end.
+        tarfile.TarError, OSError: It is damaged, or cannot be read. The sample within which that is found is not given.
     """
-    seen: set[str] = set()
-    dotted: set[str] = set()
-    for key, fields in group_samples(read_files(stream, url), url):
+    # By hash: a million long names would fill memory.
+    seen: set[int] = set()
+    dotted: set[int] = set()
+    for key, fields in group_samples(read_files(stream, url, is_data), url):
         # Where a key has dots, its files might be some of a sample that came before, or comes yet.
         stem = _STEM.match(key)[0]
-        if key in seen or stem in seen or key in dotted:
+        if hash(key) in seen or hash(stem) in seen or hash(key) in dotted:
             raise ValueError(
                 f"the shard {url} holds the files of the sample {key!r} apart, or twice: write it anew with the files "
                 "of each sample side by side (`tar --sort=name`), and without an older version of any"
             )
-        seen.add(key)
+        seen.add(hash(key))
         if stem != key:
-            dotted.add(stem)
+            dotted.add(hash(stem))
         yield key, fields
 
 
-class _Member(tarfile.TarInfo):
-    """A member of an archive that has an end.
-
-    tarfile takes a header that it cannot read, and the end of the file, for the end of the archive: what is cut off, or
-    comes behind a flipped bit, would be missing without a word.
-    """
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
-            if tar.offset == 0:  # of which tarfile has more to say
-                raise
-            raise tarfile.ReadError("it ends without the blocks that end an archive, as if it had been cut") from error
-        except tarfile.InvalidHeaderError as error:
-            if tar.offset == 0:
-                raise
-            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
-
-
-def read_files(stream: BinaryIO, url: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a tar stream, but those that are no data.
-
-    Raises:
-        ValueError: It holds something else in place of a file (a link, a device), a file that is too large, or a second
-            archive behind its end.
-        tarfile.TarError: A header is damaged, the end is missing, or there are zeros alone, more than an empty archive
-            has.
-    """
-    with tarfile.open(fileobj=stream, mode="r|*", encoding="utf-8", errors="backslashreplace", tarinfo=_Member) as tar:
-        has_members, zeros = False, 0
-        for member in tar:
-            has_members = True
-            tar.members = []  # tarfile would keep all of them
-            if _NOT_DATA.search(member.name) or not _FIRST_DOT.fullmatch(member.name):
-                continue
-            _check_member(member, url)
-            if member.isfile():
-                yield member.name, tar.extractfile(member).read()
-        while block := tar.fileobj.read(2**20):
-            zeros += len(block)
-            if block.strip(b"\0"):
-                raise ValueError(
-                    f"the shard {url} goes on behind its end, as files do that were joined with `cat`: join them with "
-                    "`tar --concatenate`, or keep them apart"
-                )
-        if not has_members and zeros > tarfile.RECORDSIZE:
-            raise tarfile.ReadError("it holds nothing but zeros")
-
-
-def _check_member(member: tarfile.TarInfo, url: str) -> None:
-    if member.issym() or member.islnk():
-        raise ValueError(
-            f"the shard {url} holds the link {member.name!r} in place of a file: write it anew with `tar "
-            "--dereference --hard-dereference`"
-        )
-    if member.issparse() or not (member.isfile() or member.isdir()):
-        kind = "sparse file" if member.issparse() else "device or pipe"
-        raise ValueError(f"the shard {url} holds the {kind} {member.name!r}: write it anew with plain files alone")
-    if member.size > MAX_FILE_BYTES:
-        raise ValueError(
-            f"the shard {url} holds {member.name!r} of {member.size} bytes, more than the {MAX_FILE_BYTES} of any "
-            "image, label or mask: it is damaged, or no shard of samples"
-        )
+def is_data(name: str) -> bool:
+    """Whether a file's name is that of a part of a sample."""
+    return _FIRST_DOT.fullmatch(name) is not None and not _NOT_DATA.search(name)
 
 
 def group_samples(files: Files, url: str) -> Iterator[tuple[str, Fields]]:
     """Files side by side as samples.
 
     Raises:
-        ValueError: A sample has two files of one extension.
+        ValueError: A sample has two files of one extension, too many, or too large ones.
     """
     group: list[tuple[str, bytes]] = []
     current = None
@@ -134,7 +75,17 @@ def group_samples(files: Files, url: str) -> Iterator[tuple[str, Fields]]:
             yield from _samples_of(group[: -len(begun)], url)
             group = begun
         group.append((name, content))
+        _check_group(group, url)
     yield from _samples_of(group, url)
+
+
+def _check_group(group: list[tuple[str, bytes]], url: str) -> None:
+    size = sum(len(content) for _, content in group)
+    if len(group) > MAX_SAMPLE_FILES or size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"the shard {url} holds {len(group)} files of {size} bytes in the sample of {group[0][0]!r}, where "
+            f"{MAX_SAMPLE_FILES} and {MAX_FILE_BYTES} bytes are the most: it is damaged, or no shard of samples"
+        )
 
 
 def _by_last_dot(name: str) -> tuple[str, str]:

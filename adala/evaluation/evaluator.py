@@ -7,18 +7,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from adala.data import View
-from adala.distributed import all_reduce_sum, device, gather_objects, raise_together
+from adala.distributed import Interrupted, all_reduce_sum, device, gather_objects, raise_together
 from adala.families import Backbone
+from adala.preemption import end_if_asked
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.students import token_layout
 from adala.tasks import Prediction, Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 Batch = Mapping[str, Any]
 Outputs = Mapping[str, Tensor]
@@ -110,7 +113,7 @@ class Evaluator:
         return self.compute()
 
 
-def compute_metrics(metrics: Mapping[str, Metric]) -> dict[str, float]:
+def compute_metrics(metrics: Mapping[str, "Metric"]) -> dict[str, float]:
     """Values of a task's metrics."""
     with warnings.catch_warnings():
         # Of ranks without a sample and classes without a positive one, which tasks see to themselves.
@@ -163,11 +166,12 @@ def raising_together() -> Iterator[None]:
 
     Raises:
         ValueError: See above; also for an OSError.
+        Interrupted: See above.
     """
     error = None
     try:
         yield
-    except (ValueError, OSError) as raised:
+    except (ValueError, OSError, Interrupted) as raised:
         error = raised
     raise_together(error)
 
@@ -203,6 +207,7 @@ def evaluate_all(
     }
     with raising_together():
         for batch in batches:
+            end_if_asked("while models were scored")
             images = batch["image"].to(device())
             with precision(autocast):
                 teacher_features = None if teacher is None else teacher(images)
@@ -231,6 +236,7 @@ def evaluate_apart(
     evaluators = {name: Evaluator(one.model, one.task) for name, one in candidates.items()}
     with raising_together():
         for batch in batches:
+            end_if_asked("while models were scored")
             images = batch["image"].to(device())
             for name, candidate in candidates.items():
                 target = candidate.task.target(batch, device())

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from adala.distributed import SharedError, device, gather_objects
-from adala.evaluation.evaluator import precision
+from adala.evaluation.evaluator import precision, raising_together
 from adala.families import Backbone
 from adala.heads import Pooling, pool_tokens
+from adala.preemption import end_if_asked
 from adala.tasks import Task
 
 
@@ -84,13 +85,15 @@ def collect_features(
     """Pooled features and labels of every sample that the ranks' ``batches`` hold, by model; the same on every rank.
 
     Raises:
-        ValueError: A batch without labels.
+        ValueError: A batch without labels; every rank raises.
     """
     collectors = {name: FeatureCollector(model, pooling, task) for name, model in models.items()}
-    for batch in batches:
-        images = batch["image"].to(device())
-        for name, model in models.items():
-            with precision(autocast):
-                features = model(images)
-            collectors[name].update({"features": features}, batch)
+    with raising_together():
+        for batch in batches:
+            end_if_asked("while features were computed")
+            images = batch["image"].to(device())
+            for name, model in models.items():
+                with precision(autocast):
+                    features = model(images)
+                collectors[name].update({"features": features}, batch)
     return {name: collector.gathered() for name, collector in collectors.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adala.distributed import device
 from adala.evaluation.features import Features
+from adala.preemption import end_if_asked
 
 # Similarities that are held at a time: 256 MiB of float32.
 CHUNK_ELEMENTS = 2**26
@@ -69,10 +70,10 @@ def _check(train: Features, held_out: Features, ks: Sequence[int]) -> None:
 def _nearest(train: Features, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Similarities and labels, each (m, k) on the CPU, of the training images nearest to ``queries`` (m, F), sorted."""
     known = F.normalize(train.values.to(device()), dim=1)
-    found = [
-        [part.cpu() for part in _largest(F.normalize(chunk.to(device()), dim=1) @ known.T, k)]
-        for chunk in queries.split(max(1, CHUNK_ELEMENTS // len(known)))
-    ]
+    found = []
+    for chunk in queries.split(max(1, CHUNK_ELEMENTS // len(known))):
+        end_if_asked("while nearest neighbours were looked for")
+        found.append([part.cpu() for part in _largest(F.normalize(chunk.to(device()), dim=1) @ known.T, k)])
     similarities, places = (torch.cat(parts) for parts in zip(*found, strict=True))
     return similarities, train.labels[places]
 

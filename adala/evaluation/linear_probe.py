@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_average_precision
 
 from adala.distributed import device
 from adala.evaluation.features import Features
+from adala.preemption import end_if_asked
 
 # Rates of DINOv2's linear evaluation, for a batch of 256 (arXiv 2304.07193).
 DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -199,6 +199,9 @@ def _score(train: Features, held: Tensor, weight: Tensor, bias: Tensor) -> float
     logits, labels = F.linear(train.values[held].float(), weight, bias), train.labels[held]
     if labels.ndim == 1:
         return top_k(logits, labels, 1)
+    # Where it is needed: importing torchmetrics takes seconds.
+    from torchmetrics.functional.classification import multilabel_average_precision
+
     present = labels.sum(0) > 0  # precision and recall of a class without a positive image are nothing
     if not present.any():
         raise ValueError("no image on which the probe's rate is chosen has a label: raise held_fraction, or mend them")
@@ -243,6 +246,7 @@ def draw_batches(rows: Tensor, batch_size: int, epochs: int, seed: int) -> Itera
     for _ in range(epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]
         for number in range(len(rows) // size):
+            end_if_asked("while a probe was fitted")
             yield order[number * size : (number + 1) * size]
 
 
@@ -343,6 +347,7 @@ def fit_logistic_regression(
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
+        end_if_asked("while a probe was fitted")
         optimizer.zero_grad()
         loss = _loss(F.linear(inputs, weight, bias), labels) + l2 / 2 * weight.square().sum()
         loss.backward()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adala.backbones import CONFIG, build_backbone
+from adala.families import Backbone
 from adala.files import sync_file, write_json
 from adala.runs import ATTEMPT, CHECKPOINT_MARKER
 from adala.students import LinearizedModel, linearize
@@ -32,6 +33,11 @@ def _is_list(value: Any, kinds: type | tuple[type, ...], length: int | None = No
     )
 
 
+def _is_named_block(item: tuple[str, Any]) -> bool:
+    number, name = item
+    return number.isascii() and number.isdigit() and isinstance(name, str)
+
+
 # Of each key of a description: whether a value read from JSON is of its kind.
 FITS: dict[str, Callable[[Any], bool]] = {
     "backbone": lambda value: isinstance(value, str),
@@ -43,6 +49,10 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _is_list(value, (int, float), 3),
     "std": lambda value: _is_list(value, (int, float), 3),
     "task": lambda value: value is None or isinstance(value, dict),
+    "block_mechanisms": lambda value: isinstance(value, dict) and all(map(_is_named_block, value.items())),
+    "block_mechanism_options": lambda value: (
+        isinstance(value, dict) and all(isinstance(options, dict) for options in value.values())
+    ),
 }
 
 
@@ -54,12 +64,14 @@ class StudentDescription:
         backbone: timm model name.
         model_args: Further arguments of timm's constructor.
         image_size: Height and width in pixels that the position embedding fits.
-        mechanism: Name of the attention mechanism.
+        mechanism: Name of the attention mechanism of all blocks that are not named below.
         mechanism_options: Its options.
         keep: Blocks that kept their softmax attention.
         mean: Per-channel mean of the input, in [0, 1].
         std: Per-channel standard deviation of the input.
         task: What the head was trained for, see :func:`adala.tasks.describe_task`; None without a head.
+        block_mechanisms: Blocks with another mechanism, by number, which JSON has as text.
+        block_mechanism_options: Options of these other mechanisms by name.
     """
 
     backbone: str
@@ -71,6 +83,37 @@ class StudentDescription:
     mean: list[float]
     std: list[float]
     task: dict[str, Any] | None = None
+    block_mechanisms: dict[int, str] = dataclasses.field(default_factory=dict)
+    block_mechanism_options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        by_number = {int(number): name for number, name in self.block_mechanisms.items()}
+        object.__setattr__(self, "block_mechanisms", by_number)
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """The names of all that blocks have in place of timm's softmax, each once."""
+        return tuple(dict.fromkeys((self.mechanism, *self.block_mechanisms.values())))
+
+    def linearize(self, backbone: Backbone, seed: int = 0) -> LinearizedModel:
+        """A student of this make, of a softmax model's weights; see :func:`adala.students.linearize`.
+
+        Args:
+            backbone: Of the described name and arguments; it is left as it is.
+            seed: Of the mechanisms' own random parameters.
+
+        Raises:
+            ValueError: See :func:`adala.students.linearize`.
+        """
+        return linearize(
+            backbone,
+            self.mechanism,
+            self.keep,
+            self.mechanism_options,
+            seed,
+            self.block_mechanisms,
+            self.block_mechanism_options,
+        )
 
 
 def save_student(
@@ -138,7 +181,7 @@ def _check_description(values: Any) -> None:
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(names)}")
     for field in fields:
-        if field.name not in values and field.default is dataclasses.MISSING:
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{field.name} is missing")
         if field.name in values and not FITS[field.name](values[field.name]):
             raise ValueError(f"{field.name} cannot be {values[field.name]!r}")
@@ -153,7 +196,7 @@ def load_student(folder: str | Path) -> LinearizedModel:
     description = read_description(folder)
     try:
         backbone = build_backbone(description.backbone, description.image_size, description.model_args)
-        student = linearize(backbone, description.mechanism, description.keep, description.mechanism_options)
+        student = description.linearize(backbone)
     except ValueError as error:
         raise ValueError(f"{Path(folder).expanduser() / DESCRIPTION}: {error}") from error
     _load_tensors(student, Path(folder).expanduser() / WEIGHTS)

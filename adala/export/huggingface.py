@@ -28,7 +28,7 @@ from adala.backbones import build_backbone
 from adala.export.agreement import Model
 from adala.export.folder import StudentDescription
 from adala.files import write_json
-from adala.students import LinearizedModel, linearize
+from adala.students import LinearizedModel
 
 MODEL_TYPE = "adala"
 WEIGHTS = "model.safetensors"
@@ -98,7 +98,7 @@ def _one_if_square(sides: Sequence[int]) -> int | list[int]:
 
 def _build(description: StudentDescription) -> LinearizedModel:
     backbone = build_backbone(description.backbone, description.image_size, description.model_args)
-    return linearize(backbone, description.mechanism, description.keep, description.mechanism_options)
+    return description.linearize(backbone)
 
 
 class AdalaPreTrainedModel(PreTrainedModel):
@@ -293,6 +293,7 @@ def measured_by(folder: Path) -> dict[str, float]:
 def _card(title: str, licence: str, description: StudentDescription, measured: Mapping[str, float]) -> str:
     height, width = description.image_size
     kept = ", ".join(map(str, description.keep)) or "none"
+    others = ", ".join(f"{number} ({name})" for number, name in description.block_mechanisms.items()) or "none"
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in measured.items())
     numbers = (
         f"\n## Measured on held-out images by the stage that made it\n\n| | |\n| --- | ---: |\n{rows}" if rows else ""
@@ -307,7 +308,8 @@ tags: [adala, linear-attention, image-feature-extraction]
 
 `{description.backbone}` of timm, its softmax attention replaced by `{description.mechanism}` and adapted with AdaLA
 (after ViT-AdaLA, arXiv 2603.16063). Built for {height} x {width} pixels; other sizes that its patches divide work, too.
-Blocks that kept softmax: {kept}. Its licence is that of the teacher's weights and of the data that it was adapted on.
+Blocks that kept softmax: {kept}; with another mechanism: {others}. Its licence is that of the teacher's weights and of
+the data that it was adapted on.
 {numbers}
 ## Use
 

@@ -76,7 +76,7 @@ class _Source:
     @property
     def mechanism(self) -> str:
         mixers = [module for module in self.backbone.modules() if isinstance(module, TokenMixer)]
-        return mechanism_name(mixers[0]) if mixers else "softmax"
+        return " + ".join(dict.fromkeys(map(mechanism_name, mixers))) or "softmax"
 
 
 def export_model(

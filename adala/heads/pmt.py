@@ -6,6 +6,7 @@ Shapes: B batch, H heads, N tokens, d head dim, D embed dim, Q queries, K classe
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import mode
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class PmtOptions:
         mask_width: M, at most D.
         masked_attention: Whether a query attends only to patches that it takes for its segment so far.
         patch_attention: Mechanism by which the tokens attend to each other; ``student`` is that of the student's
-            linearized blocks with its options, softmax where it has none.
+            linearized blocks with its options, of most of them where they differ, and softmax where there are none.
         patch_attention_options: Options of a mechanism that ``patch_attention`` names.
     """
 
@@ -57,9 +58,11 @@ def build_patch_mixer(
         return build_mixer(mechanism, shape, options)
     if options:
         raise ValueError("head pmt: patch_attention_options belong to a mechanism: name it in patch_attention")
-    mixers = (block.attn.token_mixer for block in student.blocks if isinstance(block.attn, AttentionShell))
-    mixer = next(mixers, None)
-    return build_mixer("softmax", shape) if mixer is None else type(mixer)(shape, mixer.options)
+    mixers = [block.attn.token_mixer for block in student.blocks if isinstance(block.attn, AttentionShell)]
+    if not mixers:
+        return build_mixer("softmax", shape)
+    usual = mode(type(mixer) for mixer in mixers)
+    return usual(shape, next(mixer.options for mixer in mixers if type(mixer) is usual))
 
 
 class QueryAttention(nn.Module):

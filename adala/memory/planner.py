@@ -39,6 +39,7 @@ class Demand:
         images: Images of a GPU in a global batch.
         passes: What depends on the micro-batch.
         capacity: Bytes of a GPU.
+        keeps_average: Of the weights over steps.
     """
 
     counts: ParameterCounts
@@ -48,11 +49,12 @@ class Demand:
     images: int
     passes: PassMemory
     capacity: int
+    keeps_average: bool = False
 
     @cached_property
     def states(self) -> ModelStates:
         """What does not depend on the micro-batch."""
-        return model_states(self.counts, self.config, self.gpus, accumulates=True)
+        return model_states(self.counts, self.config, self.gpus, True, self.keeps_average)
 
     def total(self, micro_batch: int) -> int:
         """Bytes that a micro-batch needs, with the reserve."""
@@ -103,6 +105,7 @@ class StageReport:
         chosen: The micro-batch that the recipe asks for; None where it does not divide the GPU's images.
         checkpoint_bytes: Of a checkpoint by name of the DeepSpeed configuration.
         changes: Of the batch where the recipe's does not divide into GPUs, for several numbers of GPUs.
+        from_step: The first of the steps that it is about: from there on they have another image size.
     """
 
     plan: StagePlan
@@ -113,6 +116,12 @@ class StageReport:
     chosen: int | None
     checkpoint_bytes: dict[str, int]
     changes: tuple[BatchChange, ...]
+    from_step: int = 0
+
+    @property
+    def steps(self) -> str:
+        """Stage and steps in words."""
+        return f"Stage {self.plan.number}" + (f" from step {self.from_step} on" if self.from_step else "")
 
     @property
     def as_it_stands(self) -> Demand:
@@ -135,12 +144,16 @@ class StageReport:
 
 
 def plan_memory(recipe: Recipe, gpus: int, gpu_gib: float) -> tuple[StageReport, ...]:
-    """What each stage of a recipe needs of each of ``gpus`` GPUs of ``gpu_gib`` GiB.
+    """What each stage of a recipe needs of each of ``gpus`` GPUs of ``gpu_gib`` GiB, at each of its image sizes.
 
     Raises:
         ValueError: Anything about the recipe that can be told without weights and data.
     """
-    return tuple(StagePlanner(plan).report(gpus, gpu_gib) for plan in outline_run(recipe))
+    return tuple(
+        dataclasses.replace(StagePlanner(plan.at(step)).report(gpus, gpu_gib), from_step=step)
+        for plan in outline_run(recipe)
+        for step in (0, *(change.from_step for change in plan.size_changes))
+    )
 
 
 class StagePlanner:
@@ -171,14 +184,15 @@ class StagePlanner:
                 for checkpointing in (False, True)
             ),
             chosen=chosen if images % chosen == 0 else None,
-            checkpoint_bytes={setting.name: checkpoint_bytes(self.counts, setting) for setting in settings},
+            checkpoint_bytes={s.name: checkpoint_bytes(self.counts, s, config.ema > 0) for s in settings},
             changes=tuple(batch_changes(config, gpus)),
         )
 
     def demand(self, setting: DeepSpeedConfig, checkpointing: bool, gpus: int, images: int, gpu_gib: float) -> Demand:
         """What the stage needs in one setting, with ``images`` of a global batch on each GPU."""
         passes = self.passes(setting, checkpointing)
-        return Demand(self.counts, setting, checkpointing, gpus, images, passes, int(gpu_gib * GIB))
+        capacity, keeps_average = int(gpu_gib * GIB), self.plan.config.ema > 0
+        return Demand(self.counts, setting, checkpointing, gpus, images, passes, capacity, keeps_average)
 
     def passes(self, setting: DeepSpeedConfig, checkpointing: bool) -> PassMemory:
         """The traced passes of a setting; ZeRO stages below 3 have the same."""

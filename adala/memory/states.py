@@ -42,6 +42,7 @@ class ModelStates:
         student: Weights of student and head, trained or not; under ZeRO-3 the GPU's share of them.
         gathered: Under ZeRO-3, weights that are whole for the time of a step.
         masters: Float32 copies of the trained weights, that the optimizer updates.
+        average: Of these, over steps, where one is kept.
         gradients: That are there while activations are, too.
         moments: AdamW's two.
         buckets: Of gradients on their way, there while activations are.
@@ -52,6 +53,7 @@ class ModelStates:
     student: int
     gathered: int
     masters: int
+    average: int
     gradients: int
     moments: int
     buckets: int
@@ -60,7 +62,8 @@ class ModelStates:
     @property
     def lasting(self) -> int:
         """Bytes that are there all the time."""
-        return self.teacher + self.student + self.gathered + self.masters + self.gradients + self.moments
+        trained = self.masters + self.average + self.gradients + self.moments
+        return self.teacher + self.student + self.gathered + trained
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ def count_parameters(stage: Stage) -> ParameterCounts:
     )
 
 
-def model_states(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, accumulates: bool) -> ModelStates:
+def model_states(
+    counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, accumulates: bool, keeps_average: bool = False
+) -> ModelStates:
     """What DeepSpeed holds on each GPU; padding, a few elements a group or parameter, is left out.
 
     Args:
@@ -95,6 +100,7 @@ def model_states(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, a
         config: ZeRO and precision.
         ranks: GPUs.
         accumulates: Whether gradients of several micro-batches are added up for a step.
+        keeps_average: Whether the engine averages the weights over steps, in float32, as the optimizer has them cut.
     """
     width, zero, share = _width(config), config.zero_stage, _share(counts.trained, ranks)
     student = counts.trained + counts.frozen
@@ -105,6 +111,7 @@ def model_states(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, a
         student=(student + counts.buffers) * width,
         gathered=0,
         masters=0,
+        average=MASTER_BYTES * counts.trained if keeps_average else 0,
         gradients=counts.trained * width,
         moments=MOMENTS_BYTES * counts.trained,
         buckets=_buckets(counts, config),
@@ -112,7 +119,12 @@ def model_states(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, a
     )
     if zero == 0:
         return unpartitioned
-    partitioned = replace(unpartitioned, masters=MASTER_BYTES * share, moments=MOMENTS_BYTES * share)
+    partitioned = replace(
+        unpartitioned,
+        masters=MASTER_BYTES * share,
+        average=MASTER_BYTES * share if keeps_average else 0,
+        moments=MOMENTS_BYTES * share,
+    )
     # `zero/stage_1_and_2.py:560`: masters are a float32 clone of the rank's share, also of float32 weights.
     added_up = _added_up(config)
     if zero == 1:
@@ -206,10 +218,10 @@ def _update(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int) -> int
     return max(reduction, update)
 
 
-def checkpoint_bytes(counts: ParameterCounts, config: DeepSpeedConfig) -> int:
-    """About how many bytes all ranks together write, see :meth:`adala.engine.Engine.checkpoint_bytes`."""
-    of_optimizer = MOMENTS_BYTES + (MASTER_BYTES if config.zero_stage else 0)
-    return (counts.trained + counts.frozen) * _width(config) + of_optimizer * counts.trained
+def checkpoint_bytes(counts: ParameterCounts, config: DeepSpeedConfig, keeps_average: bool = False) -> int:
+    """About how many bytes all ranks together write, see :meth:`adala.engine.Engine.slices`."""
+    average = MASTER_BYTES if keeps_average else 0
+    return counts.frozen * _width(config) + (MOMENTS_BYTES + MASTER_BYTES + average) * counts.trained
 
 
 def step_traffic(counts: ParameterCounts, config: DeepSpeedConfig, ranks: int, accumulation: int) -> Traffic:

@@ -35,7 +35,7 @@ def _table(report: StageReport) -> Table:
     plan = report.plan
     height, width = plan.data.view.image_size
     table = Table(
-        title=f"Stage {plan.number}, {plan.kind.title}: {height} x {width} px, {plan.model.precision.precision}, "
+        title=f"{report.steps}, {plan.kind.title}: {height} x {width} px, {plan.model.precision.precision}, "
         f"{report.images} images of a global batch on each of {report.gpus} GPUs",
         title_justify="left",
         box=SIMPLE_HEAD,
@@ -54,7 +54,8 @@ def _row(demand: Demand) -> Iterator[str]:
     yield str(demand.config.zero_stage)
     yield "yes" if demand.checkpointing else "no"
     weights = states.student + states.gathered
-    for size in (states.teacher, weights, states.masters, states.gradients, states.moments, states.buckets):
+    masters = states.masters + states.average
+    for size in (states.teacher, weights, masters, states.gradients, states.moments, states.buckets):
         yield f"{size / GIB:.2f}"
     yield f"{passes.saved.per_image / GIB:.3f}"
     yield f"{(passes.peak.per_image - passes.saved.per_image) / GIB:.3f}"
@@ -72,12 +73,18 @@ def verdict(report: StageReport, gpu_gib: float) -> Iterator[str]:
     if best is None:
         least = min(report.demands, key=lambda demand: demand.total(1))
         yield (
-            f"Stage {number}: nothing fits into {gpu_gib:g} GiB; one image needs {least.total(1) / GIB:.1f} at least "
+            f"{report.steps}: nothing fits into {gpu_gib:g} GiB; one image needs {least.total(1) / GIB:.1f} at least "
             f"({least.config.name}, activation_checkpointing {_yaml(least.checkpointing)}): take more GPUs, GPUs with "
             f"more memory, a smaller image size (--stage{number}.image_size) or a smaller teacher."
         )
         return
     yield _as_it_stands(report, gpu_gib)
+    if report.from_step:
+        yield (
+            f"The largest that fits from step {report.from_step} on: micro_batch_size {best.largest} in "
+            f"stage{number}.image_sizes, with activation_checkpointing {_yaml(best.checkpointing)}, {best.config.name}"
+        )
+        return
     yield f"The largest that fits: {command_line(report, best)}"
 
 
@@ -86,7 +93,7 @@ def _as_it_stands(report: StageReport, gpu_gib: float) -> str:
     plan, asked, chosen = report.plan, report.as_it_stands, report.chosen
     if chosen is None:
         return (
-            f"Stage {plan.number}: micro_batch_size {plan.config.micro_batch_size} does not divide the {report.images} "
+            f"{report.steps}: micro_batch_size {plan.config.micro_batch_size} does not divide the {report.images} "
             "images of a GPU."
         )
     setting = (
@@ -94,9 +101,9 @@ def _as_it_stands(report: StageReport, gpu_gib: float) -> str:
         f"{asked.total(chosen) / GIB:.1f} of {gpu_gib:g} GiB"
     )
     if not asked.fits(chosen):
-        return f"Stage {plan.number} does not fit as it stands: {setting}."
+        return f"{report.steps} does not fit as it stands: {setting}."
     return (
-        f"Stage {plan.number} fits as it stands: {setting}, {report.images // chosen} micro-batch(es) a step, "
+        f"{report.steps} fits as it stands: {setting}, {report.images // chosen} micro-batch(es) a step, "
         f"{report.checkpoint_bytes[asked.config.name] / 1e9:.1f} GB a checkpoint."
     )
 
@@ -140,6 +147,7 @@ def _stage_document(report: StageReport, gpu_gib: float) -> dict[str, Any]:
     best = report.best
     return {
         "stage": report.plan.number,
+        "from_step": report.from_step,
         "image_size": list(report.plan.data.view.image_size),
         "gpus": report.gpus,
         "images_per_gpu": report.images,

@@ -78,7 +78,7 @@ def _attention_maps(student: AttentionShell, at: Comparison) -> Tensor:
 
 ATTENTION_MAPS = "attention_map_cross_entropy"
 BLOCK_LOSSES: dict[str, BlockLoss] = {
-    **{name: _after_projection(loss) for name, loss in ALIGNMENT_LOSSES.items()},
+    **{name: _after_projection(ALIGNMENT_LOSSES[name]) for name in ("mse", "normalized_mse")},
     "head_output_mse_1000": _per_head_output,
     ATTENTION_MAPS: _attention_maps,
 }
@@ -123,10 +123,10 @@ class AttentionAlignment(Stage):
         shells = linearized_blocks(student)
         if not shells:
             raise ValueError("Stage 1 has nothing to align: every block keeps its softmax attention")
-        mixer = next(iter(shells.values())).token_mixer
-        if loss == ATTENTION_MAPS and not hasattr(mixer, "feature_maps"):
+        without = [shell.token_mixer for shell in shells.values() if not hasattr(shell.token_mixer, "feature_maps")]
+        if loss == ATTENTION_MAPS and without:
             raise ValueError(
-                f"loss {ATTENTION_MAPS}: {type(mixer).__name__} has no feature maps to compare; use normalized_mse"
+                f"loss {ATTENTION_MAPS}: {type(without[0]).__name__} has no feature maps to compare; use normalized_mse"
             )
         aligned = {parameter for shell in shells.values() for parameter in shell.parameters()}
         for parameter in set(student.parameters()) - aligned:

@@ -13,6 +13,7 @@ from adala.attention import TokenMixer
 from adala.compilation import CompiledModules
 from adala.distributed import all_reduce_sum
 from adala.families import Backbone
+from adala.losses import channel_variance
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.students import LinearizedModel
 
@@ -24,7 +25,8 @@ class Stage(nn.Module):
     the bit. It stays in eval mode whatever mode the stage is put into.
 
     Attributes:
-        target_variance: Of each target that the loss compares with, where it needs that; see :meth:`calibrate`.
+        target_variance: Of each target that the loss compares with, where it needs that, see :meth:`calibrate`: a
+            number, or a tensor (D,) of each channel's.
         normalise: From uint8 images (B, 3, height, width) on their device to what the models are to see; None where
             only normalised ones come.
     """
@@ -34,7 +36,7 @@ class Stage(nn.Module):
     def __init__(self, student: LinearizedModel, teacher: Backbone):
         super().__init__()
         self.student = student
-        self.target_variance: dict[str, float] = {}
+        self.target_variance: dict[str, float | Tensor] = {}
         self._compiled: list[CompiledModules] = []
         # Not an attribute assignment, which nn.Module would register as a child.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
@@ -76,6 +78,11 @@ class Stage(nn.Module):
         """Names of the targets whose variance the loss needs; none by default."""
         return ()
 
+    @property
+    def channel_targets(self) -> tuple[str, ...]:
+        """Those among the calibrated targets of which each channel's variance is needed; none by default."""
+        return ()
+
     def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """The calibrated targets of a batch, by name."""
         raise NotImplementedError(f"{type(self).__name__} does not implement targets")
@@ -87,18 +94,25 @@ class Stage(nn.Module):
         Six digits are kept: the order in which ranks and batches are added up does not reach them.
         """
         names = self.calibrated_targets
-        sums = torch.zeros(len(names), 3, dtype=torch.float64)
+        # Count, sum and squares of each channel, of which all elements' follow.
+        sums = torch.zeros(len(names), 3, self.student.embed_dim, dtype=torch.float64)
         for batch in batches if names else ():
             for name, target in self.targets(batch):
-                values = target.double()
-                found = (values.sum(), values.square().sum(), values.new_tensor(values.numel()))
+                values = target.double().flatten(0, -2)
+                found = (torch.full_like(values[0], len(values)), values.sum(0), values.square().sum(0))
                 sums[names.index(name)] += torch.stack(found).cpu()
         device = next(self.student.parameters()).device
-        total, squares, count = all_reduce_sum(sums.to(device)).cpu().unbind(1)
-        variance = (squares / count - (total / count).square()).clamp_min(torch.finfo(torch.float32).tiny)
-        self.target_variance = {name: float(f"{value:.6g}") for name, value in zip(names, variance, strict=True)}
+        sums = all_reduce_sum(sums.to(device)).cpu()
+        for name, of_target in zip(names, sums, strict=True):
+            by_channel = name in self.channel_targets
+            count, total, squares = of_target if by_channel else of_target.sum(-1, keepdim=True)
+            variances = (squares / count - (total / count).square()).clamp_min(torch.finfo(torch.float32).tiny)
+            rounded = [float(f"{variance:.6g}") for variance in variances]
+            self.target_variance[name] = (
+                channel_variance(torch.tensor(rounded)).to(device) if by_channel else rounded[0]
+            )
 
-    def variance_of(self, target: str) -> float:
+    def variance_of(self, target: str) -> float | Tensor:
         """The measured variance of a target; 1 where the loss needs none.
 
         Raises:
@@ -108,8 +122,8 @@ class Stage(nn.Module):
             return 1.0
         if target not in self.target_variance:
             raise ValueError(
-                f"{type(self).__name__} with the loss normalized_mse needs the variance of its targets: "
-                "call calibrate(batches) first, or use the loss mse"
+                f"{type(self).__name__} needs the variance of its targets for this loss: call calibrate(batches) "
+                "first, or use the loss mse"
             )
         return self.target_variance[target]
 

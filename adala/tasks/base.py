@@ -5,11 +5,10 @@ Shapes: B batch, N tokens, D embed dim, H, W height and width of an image in pix
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from adala.data import Preparation, View
 from adala.data.labels import Classes
@@ -17,6 +16,9 @@ from adala.data.preparation import TargetReader
 from adala.data.tars import Fields
 from adala.families import Backbone
 from adala.rules import Checked
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 # What a head gives: a tensor, or dicts and lists of tensors, which are all that ZeRO-3's hooks look into.
 Prediction = Tensor | dict[str, Any]
@@ -136,6 +138,6 @@ class Task(Checked):
         """
         return self.decision(model(images), tuple(images.shape[-2:]))
 
-    def build_metrics(self) -> dict[str, Metric]:
+    def build_metrics(self) -> dict[str, "Metric"]:
         """Metrics over a data set: updated with (decision, target), reduced over ranks as they are computed."""
         raise NotImplementedError(f"{type(self).__name__} does not implement build_metrics")

@@ -5,13 +5,11 @@ Shapes: B batch, N tokens, D embed dim.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from adala.data import Preparation, View
 from adala.data.labels import Classes, read_label
@@ -20,15 +18,8 @@ from adala.families import Backbone
 from adala.heads import ClassificationHead, Pooling
 from adala.tasks.base import Task
 
-
-class TopK(MulticlassAccuracy):
-    """Share of images whose label is among the k largest logits, in percent."""
-
-    def __init__(self, num_classes: int, k: int = 1):
-        super().__init__(num_classes=num_classes, top_k=k, average="micro", validate_args=False)
-
-    def compute(self) -> Tensor:
-        return 100 * super().compute()
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 def check_label(label: int, num_classes: int, whose: str) -> None:
@@ -103,6 +94,8 @@ class Classification(Task):
     def batch_metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"top1": 100 * (prediction.argmax(-1) == target).float().mean()}
 
-    def build_metrics(self) -> dict[str, Metric]:
+    def build_metrics(self) -> dict[str, "Metric"]:
         """``top1``, and ``top5`` where there are more than five classes."""
+        from adala.tasks.metrics import TopK
+
         return {f"top{k}": TopK(self.num_classes, k) for k in (1, 5) if k == 1 or self.num_classes > k}

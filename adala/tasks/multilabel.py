@@ -5,15 +5,11 @@ Shapes: B batch, N tokens, D embed dim, K classes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
-from torchmetrics.functional.classification import multilabel_average_precision
-from torchmetrics.utilities import dim_zero_cat
 
 from adala.data import Preparation, View
 from adala.data.labels import Classes, read_labels
@@ -23,46 +19,8 @@ from adala.heads import ClassificationHead, Pooling
 from adala.tasks.base import Task
 from adala.tasks.classification import build_pooled_head, check_label
 
-
-class MeanAveragePrecision(MultilabelAveragePrecision):
-    """Mean over those classes that occur of the average precision, in percent; exact, without thresholds of its own.
-
-    A class without a positive image has no recall, and is left out; were there no positive at all, this is 0.
-    """
-
-    def __init__(self, num_classes: int):
-        super().__init__(num_labels=num_classes, average=None, validate_args=False)
-        self._start_with_no_rows()
-
-    def reset(self) -> None:
-        super().reset()
-        self._start_with_no_rows()
-
-    def _start_with_no_rows(self) -> None:
-        """For a rank that gets no image: torchmetrics gathers rows of one width and kind only."""
-        self.preds.append(torch.zeros(0, self.num_labels, dtype=torch.float64, device=self.device))
-        self.target.append(torch.zeros(0, self.num_labels, dtype=torch.int64, device=self.device))
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        super().update(preds, target.long())
-
-    def compute(self) -> Tensor:
-        probabilities, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
-        occurring = target.sum(0) > 0
-        if not occurring.any():
-            return probabilities.new_zeros(())
-        parts = probabilities[:, occurring], target[:, occurring], int(occurring.sum())
-        return 100 * multilabel_average_precision(*parts, average="macro", validate_args=False)
-
-
-class MicroF1(MultilabelF1Score):
-    """Of all decisions at a probability of one half, in percent."""
-
-    def __init__(self, num_classes: int):
-        super().__init__(num_labels=num_classes, average="micro", validate_args=False)
-
-    def compute(self) -> Tensor:
-        return 100 * super().compute()
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -120,5 +78,8 @@ class Multilabel(Task):
         """Probabilities. torchmetrics takes a batch whose logits all lie from 0 to 1 for such, and others not."""
         return prediction.double().sigmoid()
 
-    def build_metrics(self) -> dict[str, Metric]:
+    def build_metrics(self) -> dict[str, "Metric"]:
+        """``map`` and ``micro_f1``."""
+        from adala.tasks.metrics import MeanAveragePrecision, MicroF1
+
         return {"map": MeanAveragePrecision(self.num_classes), "micro_f1": MicroF1(self.num_classes)}

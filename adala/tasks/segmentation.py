@@ -6,62 +6,31 @@ Shapes: B batch, N tokens, D embed dim, K classes, H, W height and width of an i
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from adala.data import Preparation, View
 from adala.data.joint import build_eval_pair_transform, build_train_pair_transform
 from adala.data.labels import Classes
 from adala.data.masks import MaskFormat, check_mask, read_mask
 from adala.data.tars import Fields
-from adala.distributed import SharedError
 from adala.families import Backbone
 from adala.heads import build_segmentation_head, semantic_logits
 from adala.rules import with_text_keys
 from adala.tasks.base import Prediction, Task
-from adala.tasks.iou import iou_by_class
 from adala.tasks.mask_loss import mask_classification_loss
 from adala.tasks.sliding import slide
 
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
 # Classes in one image, more than most have: ADE20K's about nine on average, Cityscapes' all 19 at most.
 MANY_CLASSES = 32
-
-
-class MeanIou(MulticlassConfusionMatrix):
-    """Mean intersection over union in percent, from one confusion matrix summed over all pixels and ranks.
-
-    A class that occurs neither in a mask nor in a prediction has none, and is left out.
-    """
-
-    def __init__(self, num_classes: int, ignore_index: int):
-        super().__init__(num_classes=num_classes, ignore_index=ignore_index, validate_args=False)
-
-    def compute(self) -> Tensor:
-        """Raises SharedError where not one pixel was labelled: all ranks' sums are the same."""
-        confusion = super().compute()
-        if confusion.sum() == 0:
-            raise SharedError(
-                "not one pixel of the held-out masks is labelled: all are ignored (stage3.task.mask, data.val)"
-            )
-        return iou_by_class(confusion).nanmean()
-
-
-class PixelAccuracy(MulticlassConfusionMatrix):
-    """Share of labelled pixels whose class is right, in percent."""
-
-    def __init__(self, num_classes: int, ignore_index: int):
-        super().__init__(num_classes=num_classes, ignore_index=ignore_index, validate_args=False)
-
-    def compute(self) -> Tensor:
-        confusion = super().compute().double()
-        return 100 * confusion.diagonal().sum() / confusion.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -202,8 +171,10 @@ class Segmentation(Task):
 
         return self.decision(slide(scores, images, view.image_size, self.window_overlap), target_size)
 
-    def build_metrics(self) -> dict[str, Metric]:
+    def build_metrics(self) -> dict[str, "Metric"]:
         """``miou`` and ``pixel_accuracy``."""
+        from adala.tasks.metrics import MeanIou, PixelAccuracy
+
         shape = (self.num_classes, self.mask_format.ignore_index)
         return {"miou": MeanIou(*shape), "pixel_accuracy": PixelAccuracy(*shape)}
 

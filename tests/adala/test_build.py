@@ -1,6 +1,7 @@
 """From a plan to the things of a stage: what trains, from which start, and a head that begins as a probe."""
 
 import dataclasses
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,8 @@ from adala.build import (
     unaligned_student,
 )
 from adala.config import load_recipe
-from adala.data import StreamState
+from adala.data import StreamState, write_shards
+from adala.data.samples import BadDataError
 from adala.evaluation import collect_features
 from adala.export import save_student
 from adala.plan import resolve_run
@@ -124,14 +126,27 @@ def test_zero_3_keeps_the_whole_graph_and_refuses_what_needs_single_modules(reci
         build_tiny_stage(plan_stage(recipe, 1, [*maps, "--ds_config=zero3"]))
 
 
-@pytest.mark.parametrize(("save_every", "checkpoints"), [(0, 1), (3, 2), (4, 1), (1, 2)])
-def test_the_room_that_a_run_needs(recipe: Path, monkeypatch, save_every: int, checkpoints: int) -> None:
+@pytest.mark.parametrize(
+    ("asked", "checkpoints"),
+    [
+        (["save_every=0", "save_every_minutes=0"], 1),
+        (["save_every=3", "save_every_minutes=0"], 2),
+        (["save_every=4", "save_every_minutes=0"], 1),
+        (["save_every=1", "save_every_minutes=0"], 3),
+        (["keep_last=1"], 2),
+        ([], 3),
+        (["keep_last=7"], 4),
+        (["save_every=1", "save_every_minutes=0", "keep_last=1", "keep_every=2"], 4),
+    ],
+    ids=str,
+)
+def test_the_room_that_a_run_needs(recipe: Path, monkeypatch, asked: list[str], checkpoints: int) -> None:
     """Four steps. All weights, with what AdamW keeps of those that train, in each checkpoint; then the student's."""
     teacher = build_teacher(plan_stage(recipe, 1).model.teacher)
     weights = sum(p.numel() for p in teacher.parameters())
     qkv = sum(p.numel() for name, p in teacher.named_parameters() if ".attn.qkv." in name)
-    needed = checkpoints * (4 * weights + 12 * qkv) + 4 * weights
-    plan = resolve_run(load_recipe(str(recipe), [f"--stage1.save_every={save_every}"]), (1,))
+    needed = checkpoints * (4 * weights + 8 * qkv) + 4 * weights
+    plan = resolve_run(load_recipe(str(recipe), [f"--stage1.{key}" for key in asked]), (1,))
     for free in (needed, needed - 1):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         if free == needed:
@@ -188,6 +203,8 @@ def test_a_stage_starts_from_the_newest_one_before_it(recipe: Path, run: RunFold
         ({"mechanism": "cosformer"}, "has mechanism 'cosformer', this recipe 'linear'"),
         ({"mechanism_options": {"den_added": 0.5}}, r"has mechanism_options {'den_added': 0.5}, this recipe {}"),
         ({"keep": [1]}, r"has keep \[1\], this recipe \[\]"),
+        ({"block_mechanisms": {1: "window"}}, r"has block_mechanisms {1: 'window'}, this recipe {}"),
+        ({"block_mechanism_options": {"window": {}}}, r"has block_mechanism_options {'window': {}}, this recipe {}"),
         ({"backbone": "vit_small_patch16_224"}, "has backbone 'vit_small_patch16_224'"),
         ({"model_args": {"depth": 2}}, r"has model_args {'depth': 2}"),
     ],
@@ -205,6 +222,7 @@ def test_a_student_of_another_make_is_no_start(recipe: Path, run: RunFolder, cha
         ("--mechanism_options.den_added=0.5", "mechanism_options"),
         ("--mechanism=cosformer", "mechanism"),
         ("--keep=[1]", "keep"),
+        ("--block_mechanisms={1: window}", "block_mechanisms"),
         ("--teacher.checkpoint=random", "teacher.checkpoint"),
     ],
     ids=lambda value: value.partition("=")[0],
@@ -265,3 +283,20 @@ def test_a_stage_trains_at_an_image_size_of_its_own(recipe: Path) -> None:
     run = resolve_run(load_recipe(str(recipe), ["--stage2.image_size", "[8, 10]"]), (1, 2))
     with pytest.raises(ValueError, match="image size 8 x 10 is not divisible by the patch size 4 x 4"):
         rehearse(run)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_recipe_says_how_many_samples_may_be_bad(recipe: Path, number: int) -> None:
+    """In training and evaluation; it decides whether a run comes to its end, and not to which."""
+    images = [b"no image" if n % 3 == 0 else Image.new("RGB", (16, 16), (6 * n, 90, 5)) for n in range(40)]
+    for split in ("train", "val"):
+        samples = [{"__key__": f"{n:02d}", "png": image, "cls": n % 3} for n, image in enumerate(images)]
+        write_shards(samples, recipe.parent / "shards", split, samples_per_shard=20)
+    strict, lenient = plan_stage(recipe, number), plan_stage(recipe, number, ["--data.max_bad_fraction=0.4"])
+    assert strict.conditions == lenient.conditions
+    for build, split in [(build_train_loader, "train"), (build_monitor_loader, "val")]:
+        with pytest.raises(BadDataError, match=r"more than \d+ samples .*: repair the shards"):
+            list(islice(build(strict), 5))
+        loader = build(lenient)
+        assert list(islice(loader, 5 if split == "train" else None))
+        assert loader.bad_samples == {f"{split}-00000.tar": 7, f"{split}-00001.tar": 7}

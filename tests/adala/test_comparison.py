@@ -103,20 +103,25 @@ def standardised(train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, n
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("knn_pooling", "probe_pooling", "train_samples"),
-    [("cls", "cls_patch", None), ("patch", "cls", 22)],
+    ("knn_pooling", "probe_pooling", "train_samples", "held_out_samples"),
+    [("cls", "cls_patch", None, None), ("patch", "cls", 22, 9)],
     ids=["all", "the first"],
 )
 def test_classification_is_measured_as_computed_plainly(
-    tiny: Path, tmp_path: Path, knn_pooling: str, probe_pooling: str, train_samples: int | None
+    tiny: Path,
+    tmp_path: Path,
+    knn_pooling: str,
+    probe_pooling: str,
+    train_samples: int | None,
+    held_out_samples: int | None,
 ) -> None:
     plan = plan_of(tiny / "recipe.yaml")
     contenders = contenders_of(plan, tuned=tiny / "tuned")
     probe = dataclasses.replace(PROBE, pooling=probe_pooling, train_samples=train_samples)
     knn = KnnConfig(k=[3, 10], temperature=0.2, pooling=knn_pooling)
-    asked = protocol("features", "knn", "probe", "head", knn=knn, probe=probe)
+    asked = protocol("features", "knn", "probe", "head", knn=knn, probe=probe, held_out_samples=held_out_samples)
     found = compare(plan, contenders, asked, tmp_path)
-    images, labels = read_tiny_val(tiny / "shards")
+    images, labels = (part[:held_out_samples] for part in read_tiny_val(tiny / "shards"))
     train_images, train_labels = (part[:train_samples] for part in read_tiny_val(tiny / "shards", "train"))
     teacher = contenders[TEACHER].model
     for name, one in contenders.items():
@@ -143,7 +148,8 @@ def test_classification_is_measured_as_computed_plainly(
     of_all = [list(measures.values()) for measures in found.measures.values()]
     assert len({tuple(values[:2]) for values in of_all}) == 3, "models that a mistake would mix up"
     assert list(found.measures) == [TEACHER, "linearized", "tuned"] and not any(found.notes.values())
-    assert found.samples == {"held-out": 14, "training": train_samples or 40} and found.unusable == 0
+    assert found.samples == {"held-out": held_out_samples or 14, "training": train_samples or 40}
+    assert found.unusable == 0
     assert found.left_out == {}
 
 

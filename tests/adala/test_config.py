@@ -15,6 +15,7 @@ from adala.config import (
     FeatureAlignmentConfig,
     FinetuningConfig,
     Recipe,
+    SearchConfig,
     TeacherConfig,
     load_recipe,
     parse_command,
@@ -29,6 +30,36 @@ def test_defaults_recipe_and_overrides() -> None:
     assert command.recipe.keep == [0, 5]
     assert command.recipe.teacher.model_args["embed_dim"] == 64
     assert parse_command(["--stage", "all"]).stages == (1, 2, 3)
+
+
+def test_single_blocks_have_other_mechanisms(tmp_path) -> None:
+    given = ["--block_mechanisms.4", "window", "--block_mechanisms.7=performer"]
+    recipe = load_recipe("tiny", [*given, "--block_mechanism_options.window.window", "4"])
+    assert recipe.block_mechanisms == {4: "window", 7: "performer"}
+    assert recipe.block_mechanism_options == {"window": {"window": 4}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_to_yaml(recipe))
+    assert load_recipe(str(path)) == recipe
+    more = load_recipe(str(path), ["--block_mechanisms", "{1: window}"])
+    assert more.block_mechanisms == {1: "window"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "[4]"], "block 4 stands in keep and in block_mechanisms: leave it out of one of them"),
+        (
+            ["--block_mechanism_options.performer.eps", "1"],
+            "options of performer, which no block has: name it in block_m",
+        ),
+        (["--mechanism", "window", "--block_mechanism_options.window.window", "4"], "give them as mechanism_options"),
+        (["--block_mechanisms", "{a: window}"], "block_mechanisms is 'a': it must be a mapping from block numbers"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_blocks_cannot_have_is_one_sentence(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe("tiny", ["--block_mechanisms", "{4: window}", *arguments])
 
 
 def test_a_recipe_written_out_reads_back_the_same(tmp_path) -> None:
@@ -156,7 +187,55 @@ def test_one_name_is_a_list_of_one(tmp_path: Path, key: str) -> None:
                 load_recipe("tiny", [f"--{key}", empty])
 
 
+MIXTURE = "[{source: a, weight: 3}, {source: [b.tar, '{c,d}.tar'], weight: 1e-3}]"
+
+
+@pytest.mark.parametrize("key", ["data.train", "stage3.train_data"])
+def test_a_mixture_is_a_list_of_sources_with_weights(tmp_path: Path, key: str) -> None:
+    section, name = key.split(".")
+    expected = [{"source": "a", "weight": 3}, {"source": ["b.tar", "{c,d}.tar"], "weight": 1e-3}]
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{section}: {{{name}: {MIXTURE}}}")
+    for recipe in (load_recipe(str(path)), load_recipe("tiny", [f"--{key}", MIXTURE])):
+        assert getattr(getattr(recipe, section), name) == expected
+        path.write_text(recipe_to_yaml(recipe))
+        assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        "[{source: a, weight: 0}]",
+        "[{source: a, weight: -1}]",
+        "[{source: a, weight: .inf}]",
+        "[{source: a, weight: .nan}]",
+        "[{source: a, weight: true}]",
+        "[{source: a, weight: much}]",
+        "[{source: a}]",
+        "[{weight: 1}]",
+        "[{source: a, weight: 1, name: b}]",
+        "[{source: '', weight: 1}]",
+        "[{source: [], weight: 1}]",
+        "[{source: [a, ''], weight: 1}]",
+        "[{source: 3, weight: 1}]",
+        "[{source: a, weight: 1}, {source: b}]",
+        "[a.tar, {source: b, weight: 1}]",
+        "{source: a, weight: 1}",
+    ],
+)
+def test_what_is_no_mixture_is_refused_wherever_it_stands(tmp_path: Path, mixture: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"stage2: {{train_data: {mixture}}}")
+    for name, arguments in ((str(path), []), ("tiny", ["--stage2.train_data", mixture])):
+        with pytest.raises(
+            ValueError, match=r"stage2.train_data is .*: it must be at least one shard: .*or a mixture, "
+        ):
+            load_recipe(name, arguments)
+
+
 NAN, INFINITE = float("nan"), float("inf")
+MINUTES = [-1, NAN, INFINITE]
+WEIGHTS = [-0.1, 1001, NAN, INFINITE]
 STAGE = {
     "steps": [0, -1, 2**31, 1.5],
     "global_batch_size": [0, -1, 2**40],
@@ -167,15 +246,33 @@ STAGE = {
     "weight_decay": [-1, 1e30, NAN, INFINITE],
     "betas": [[], [0.9], [0.9, 0.99, 0.999], [0.9, 1.0], [-0.1, 0.9], [0.9, NAN], [True, 0.9]],
     "gradient_clipping": [-1, NAN, INFINITE],
-    "train_data": [[], "", [""], ["a", 3]],
+    "image_sizes": [
+        [{"from_step": 0, "image_size": [8, 8]}],
+        [{"from_step": 2, "image_size": [8]}],
+        [{"image_size": [8, 8]}],
+        [{"from_step": 2, "image_size": [8, 8], "lr": 1}],
+        [{"from_step": 2, "image_size": [8, 8], "micro_batch_size": 0}],
+        [{"from_step": 5, "image_size": [8, 8]}, {"from_step": 5, "image_size": [4, 4]}],
+        [3],
+    ],
+    "ema": [-0.1, 1, 1.0, NAN],
+    "train_data": [[], "", [""], ["a", 3], [{"source": "a", "weight": 0}], [{"source": "a", "weight": INFINITE}]],
     "start_from": ["", "~nobody-of-this-name/stage1"],
     "log_every": [0, -1],
     "save_every": [-1, 2**31],
+    "save_every_minutes": MINUTES,
+    "keep_last": [0, 2**31],
+    "keep_every": [-1, 2**31],
     "evaluate_every": [-1],
     "max_skipped_steps": [0, -1],
     "image_size": [[], [28], [0, 28], [28, 10**9]],
 }
 # By section: values that each key must refuse.
+FLOATS = (
+    "lr", "head_lr", "weight_decay", "gradient_clipping", "probe_l2", "save_every_minutes", "hang_minutes",
+    "stall_timeout_s", "total_timeout_s", "min_mib_per_s", "cache_gib", "global_weight", "intermediate_weight",
+)  # fmt: skip
+MAY_BE_EMPTY = ("keep", "freeze", "over_conversion", "image_sizes")
 REFUSED: dict[str, dict[str, list]] = {
     "": {
         "run_name": [
@@ -194,9 +291,12 @@ REFUSED: dict[str, dict[str, list]] = {
         ],
         "runs_dir": ["", "a\0b", "~nobody-of-this-name/runs"],
         "seed": [-1, 2**63, 2**64],
+        "hang_minutes": MINUTES,
         "mechanism": [""],
         "mechanism_options": [{"a": NAN}, {1: 2}],
-        "keep": [[-1], [0, 0], [2**40]],
+        "keep": [[-1], [0, 0], [2**40], "auto", "auto:0", "auto:75%", "2"],
+        "block_mechanisms": [{-1: "window"}, {1: ""}, {1: 2}, {2**40: "window"}, {True: "window"}],
+        "block_mechanism_options": [{"window": {"a": NAN}}, {"": {}}, {"window": {1: 2}}, {"window": 3}],
         "over_conversion": [["stage1.steps"], ["lr"], "stage4.lr"],
         "ds_config": ["", "~nobody-of-this-name/z.json"],
     },
@@ -210,9 +310,23 @@ REFUSED: dict[str, dict[str, list]] = {
         "std": [[], [0.5], [0.0, 0.5, 0.5], [-0.5, 0.5, 0.5], [58.4, 57.1, 57.4], [0.5, 0.5, INFINITE]],
         "num_workers": [-1, 257],
         "shuffle_buffer": [-1, 2**31],
+        "remote_attempts": [0, 1001],
+        "stall_timeout_s": [0, NAN, 100000],
+        "total_timeout_s": [0.0, INFINITE],
+        "min_mib_per_s": [0, -1, INFINITE],
+        "cache_dir": [""],
+        "cache_gib": [0, NAN],
+        "max_bad_fraction": [-0.01, 0.51, 1, NAN],
     },
     "stage1": STAGE,
-    "stage2": {**STAGE, "freeze": [[""], ["a", "\0"]]},
+    "stage2": {
+        **STAGE,
+        "freeze": [[""], ["a", "\0"]],
+        "global_weight": WEIGHTS,
+        "intermediate_weight": WEIGHTS,
+        "intermediate_blocks": [0, -1, [], [-1], [1, 1], 2**40],
+    },
+    "search": {"images": [0, -1], "image_size": [[], [28], [0, 28], [28, 10**9]]},
     "stage3": {
         **STAGE,
         "task": [{"a": NAN}, {1: 2}],
@@ -234,6 +348,7 @@ SECTIONS = {
     "stage1": AttentionAlignmentConfig,
     "stage2": FeatureAlignmentConfig,
     "stage3": FinetuningConfig,
+    "search": SearchConfig,
     "evaluation": EvaluationConfig,
 }
 KEYS = [(section, key) for section, keys in REFUSED.items() for key in keys]
@@ -257,6 +372,13 @@ def test_a_value_out_of_range_is_refused_by_its_full_name(tmp_path: Path, sectio
             dataclasses.replace(SECTIONS[section](), **{key: value})
 
 
+def test_an_image_size_that_never_comes_is_refused() -> None:
+    sizes = ["--stage2.image_sizes", "[{from_step: 9, image_size: [28, 28]}]"]
+    assert load_recipe("tiny", [*sizes, "--stage2.steps", "10"]).stage2.image_sizes[0]["from_step"] == 9
+    with pytest.raises(ValueError, match=r"stage2\.image_sizes has a size from step 9 on: it must be a step below"):
+        load_recipe("tiny", [*sizes, "--stage2.steps", "9"])
+
+
 def test_every_key_that_is_no_choice_has_values_that_it_refuses() -> None:
     """A new key of the recipe is a line in the table above."""
     for section, built in SECTIONS.items():
@@ -271,10 +393,10 @@ def test_a_value_of_a_wrong_type_is_refused_where_a_class_is_built(built: type, 
     for field in dataclasses.fields(built):
         suits = {
             "None": value is None,
-            "str": value == "x" and field.name not in ("over_conversion",) and "Literal" not in str(field.type),
-            "list": value == [] and field.name in ("keep", "freeze", "over_conversion"),
+            "str": value == "x" and field.name not in ("over_conversion", "keep") and "Literal" not in str(field.type),
+            "list": value == [] and field.name in MAY_BE_EMPTY,
             "dict": value == {},
-            "float": value == 1.5 and field.name in ("lr", "head_lr", "weight_decay", "gradient_clipping", "probe_l2"),
+            "float": value == 1.5 and field.name in FLOATS,
         }
         if any(fits and kind in str(field.type) for kind, fits in suits.items()):
             continue
@@ -291,6 +413,7 @@ def test_a_value_of_a_wrong_type_is_refused_where_a_class_is_built(built: type, 
         ["--stage2.min_lr", "1e-3", "--stage2.lr", "1e-3", "--stage2.schedule", "constant"],
         ["--seed", str(2**63 - 1), "--data.shuffle_buffer", "0", "--evaluation.probe_l2", "0"],
         ["--data.mean", "[0, 0, 0]", "--data.std", "[1, 1, 1]", "--data.image_size", "[14, 28]"],
+        ["--keep", "auto:11", "--search.images", "1", "--search.image_size", "[28, 56]"],
         ["--run_name", "vit-b_16.v2 (β)", "--teacher.checkpoint", "null", "--keep", "[]"],
     ],
     ids=lambda overrides: overrides[0],

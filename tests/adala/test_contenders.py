@@ -10,7 +10,7 @@ import torch
 from tiny_run import write_tiny_recipe
 
 from adala import load_student, load_task_model
-from adala.attention import linear
+from adala.attention import linear, window
 from adala.config import load_recipe
 from adala.contenders import build_teacher_contender, linearize_contender, load_contender
 from adala.export import HEAD_WEIGHTS, WEIGHTS, save_student
@@ -84,7 +84,9 @@ def test_features_depend_on_weights_and_make_and_not_on_heads(tiny: Path, tmp_pa
     assert kept["model"] != plain["model"]
 
 
-@pytest.mark.parametrize("override", ["--mechanism_options.den_added=0.5", "--keep=[1]", "--seed=1"])
+@pytest.mark.parametrize(
+    "override", ["--mechanism_options.den_added=0.5", "--keep=[1]", "--seed=1", "--block_mechanisms={1: window}"]
+)
 def test_a_linearization_depends_on_all_that_makes_it(tiny: Path, override: str) -> None:
     one, other = (plan_of(tiny, *overrides).model for overrides in ([], [override]))
     teacher = build_teacher_contender(one)
@@ -107,6 +109,18 @@ def test_features_depend_on_the_code_of_the_mechanism(tiny: Path, tmp_path: Path
     assert len({one["code"] for one in (known, *codes)}) == 3
     monkeypatch.setattr(inspect, "getsourcefile", lambda _: None)
     assert linearize_contender(plan, teacher).identity["code"] == "LinearMixer"
+
+
+@torch.no_grad()
+def test_features_depend_on_the_code_of_every_mechanism(tiny: Path, tmp_path: Path) -> None:
+    plan = plan_of(tiny, "--block_mechanisms={0: window, 2: window}", "--block_mechanism_options.window.window=2")
+    linearized = linearize_contender(plan.model, build_teacher_contender(plan.model))
+    code = f"{sha256(Path(linear.__file__))} {sha256(Path(window.__file__))}"
+    assert linearized.identity["code"] == code and linearized.mechanism == "linear + window"
+    read = load_contender(export(plan, tmp_path))
+    assert (read.identity["code"], read.mechanism) == (code, "linear + window")
+    images = torch.randn(2, 3, 16, 16)
+    assert read.model(images).equal(linearized.model(images))
 
 
 def test_what_is_no_student_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_an_own_file_may_say_nothing(tmp_path: Path) -> None:
         ('{"zero_optimization": {"stage": "auto"}}', 'zero_optimization.stage is "auto", which only Hugging Face'),
         ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', 'zero_optimization.reduce_bucket_size is "auto"'),
         ('{"zero_optimization": {"offload_param": {"device": "auto"}}}', 'offload_param.device is "auto"'),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "checkpoints and exports do not"),
         ('{"bf16": {"enabled": "auto"}}', 'bf16.enabled is "auto"'),
         ('{"bf16": {"enabled": "true"}}', 'bf16.enabled is "true": it must be true or false'),
         ('{"fp16": {"enabled": 1}}', "fp16.enabled is 1: it must be true or false"),

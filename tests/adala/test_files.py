@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from adala.checkpoint import save_checkpoint
+from adala.checkpoint import Checkpoints
 from adala.data.index import Shard, write_index
 from adala.files import file_checksum, file_digest, read_json, remove_tree, value_digest, write_json, write_whole
+from adala.slices import WEIGHTS, Slice
 
 
 @pytest.fixture
@@ -62,17 +64,15 @@ def test_an_index_is_on_the_disk_before_it_has_its_name(tmp_path: Path, synced, 
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_is_marked_complete(tmp_path: Path, synced, replaced) -> None:
-    def save(folder: Path) -> None:
-        (folder / "deepspeed").mkdir()
-        (folder / "deepspeed" / "state.pt").write_bytes(bytes(1000))
-
-    engine = SimpleNamespace(
-        zero_stage=1, has_finite_weights=lambda: True, checkpoint_bytes=lambda: 1000, save=save
-    )  # fmt: skip
-    saved = save_checkpoint(tmp_path, engine, 3, {"note": 1})
+    part = Slice("weight", 0, {WEIGHTS: torch.zeros(250)})
+    engine = SimpleNamespace(zero_stage=1, has_finite_weights=lambda: True, slices=lambda: [part])
+    checkpoints = Checkpoints(tmp_path, engine)
+    checkpoints.begin(3, {"note": 1})
+    checkpoints.finish()
+    saved = tmp_path / "step-00000003"
     order = [number for number, _ in synced]
     marker = order.index(inode(saved / "COMPLETE"))
-    for name in ("deepspeed/state.pt", "trainer.json"):
+    for name in ("rank-00000.safetensors", "trainer.json"):
         assert inode(saved / name) in order[:marker], name
     assert (inode(tmp_path), ["step-00000003"]) in synced[replaced[-1] :]
 

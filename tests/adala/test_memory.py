@@ -97,7 +97,7 @@ def bytes_of(tensors: Any) -> int:
 
 def states_of_an_engine(recipe: Path, zero: str) -> dict[str, int]:
     """What DeepSpeed holds on this rank after a step and one micro-batch of the next."""
-    plan = plan_stage(recipe, 2, ("--ds_config", zero, "--stage2.micro_batch_size", "2"))
+    plan = plan_stage(recipe, 2, ("--ds_config", zero, "--stage2.micro_batch_size", "2", "--stage2.ema", "0.9"))
     stage = build_tiny_stage(plan)
     engine = build_engine(plan, stage)
     optimizer, in_backward = engine._engine.optimizer, {}
@@ -130,6 +130,7 @@ def states_of_an_engine(recipe: Path, zero: str) -> dict[str, int]:
             gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
         found["student"] = bytes_of([*parameters, *stage.buffers()])
     found |= {"masters": bytes_of(masters), "gradients": bytes_of(gradients)}
+    found["average"] = bytes_of(engine._averages.values())
     found["teacher"] = bytes_of([*stage.teacher.parameters(), *stage.teacher.buffers()])
     return found | {"buckets": in_backward.get("buckets", 0)}
 
@@ -145,7 +146,7 @@ def test_states_are_those_of_an_engine(recipe: Path, zero: str, ranks: int) -> N
     plan = plan_stage(recipe, 2, ("--ds_config", zero))
     counts = StagePlanner(plan).counts
     # ZeRO-2 holds one micro-batch's gradients after the first, and two for a moment.
-    states = model_states(counts, plan.model.precision, ranks, accumulates=False)
+    states = model_states(counts, plan.model.precision, ranks, accumulates=False, keeps_average=True)
     for of_rank in found:
         for name, size in of_rank.items():
             # Groups, under ZeRO-3 parameters, are padded to a multiple of the ranks; those of a share's ends are whole.
@@ -202,6 +203,18 @@ def test_what_is_asked_for_is_judged(capsys: pytest.CaptureFixture) -> None:
     said = " ".join(capsys.readouterr().out.split())
     assert "Stage 2: micro_batch_size 7 does not divide the" in said
     assert "--stage2.micro_batch_size 16 --stage2.activation_checkpointing false --ds_config zero1" in said
+
+
+def test_every_image_size_of_a_stage_is_planned(capsys: pytest.CaptureFixture) -> None:
+    sizes = "[{from_step: 3, image_size: [56, 56], micro_batch_size: 4}]"
+    assert main([*SHALLOW, "--gpus", "1", "--json", "--stage2.image_sizes", sizes]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [(each["stage"], each["from_step"]) for each in stages] == [(1, 0), (2, 0), (2, 3), (3, 0)]
+    usual, large = stages[1:3]
+    assert (large["image_size"], large["micro_batch_size"]) == ([56, 56], 4)
+    per_image = [each["settings"][0]["saved_activations"]["per_image"] for each in (usual, large)]
+    assert 3 < per_image[1] / per_image[0] < 5, "four times the patches"
+    assert "from step 3 on" in large["verdict"][0] and "stage2.image_sizes" in large["verdict"][1]
 
 
 def test_where_nothing_fits_one_sentence_says_what_would(capsys: pytest.CaptureFixture) -> None:

@@ -17,6 +17,7 @@ import adala
 from adala import notebook
 from adala.config import load_recipe
 from adala.conversion import ADALA
+from adala.hybrids import ERROR
 from adala.optim import build_optimizer, freeze_except, rate_factor
 from adala.similarity import comparison_metrics, comparison_sums
 from adala.stages import AttentionAlignment, FeatureAlignment
@@ -274,3 +275,28 @@ def test_evaluation_times_both_models_side_by_side(teacher, batches: list[Tensor
     found = adala.evaluate(student, teacher, iter(batches), speed=True)
     assert found["images"] == 12 and found["images_per_s"] > 0 and found["speed_against_teacher"] > 0
     assert list(seen) == ["teacher", "student"] and torch.equal(seen["student"], student.eval()(batches[0]))
+
+
+def test_blocks_are_chosen_by_the_first_images_and_the_hybrid_is_closer(teacher, batches: list[Tensor]) -> None:
+    student = student_of(teacher)
+    adala.align(student, teacher, batches, **SHORT | {"steps": (6, 0)})
+    before = weights(student)
+    choice = adala.choose_softmax_blocks(
+        student, teacher.train(), torch.cat(batches), 2, measured_images=8, batch_size=4
+    )
+    assert (
+        choice.images == 8 and teacher.training and all(torch.equal(weights(student)[n], v) for n, v in before.items())
+    )
+    teacher.eval()
+    measured = batches[:2]
+    assert choice.before[ERROR] == pytest.approx(adala.evaluate(student, teacher, measured)[ERROR], rel=1e-4)
+    for step in choice.steps:
+        adala.restore_softmax(student, teacher, [step.block])
+        assert step.metrics[ERROR] == pytest.approx(adala.evaluate(student, teacher, measured)[ERROR], rel=1e-4)
+    assert choice.steps[1].metrics[ERROR] < choice.before[ERROR]
+    assert sorted(linearized_blocks(student)) == [n for n in range(3) if n not in choice.blocks]
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=rf"count is {count}: it must be a whole number from 1 to 2"):
+            adala.choose_softmax_blocks(student, teacher, batches, count)
+    with pytest.raises(ValueError, match="has softmax attention already"):
+        adala.choose_softmax_blocks(student, teacher, batches, 1)

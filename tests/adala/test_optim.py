@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from adala.optim import build_optimizer, freeze_except, freeze_matching, rate_factor
+from adala.optim import average_decay, build_optimizer, freeze_except, freeze_matching, rate_factor
 
 
 def test_groups_by_decay_and_rate(teacher) -> None:
@@ -46,3 +46,10 @@ def test_rate_warms_up_and_falls_to_its_floor() -> None:
     assert {rate_factor(step, 100, 0, "constant") for step in range(100)} == {1.0}
     # Lengths that would divide by zero.
     assert rate_factor(0, 1, 0, "cosine") == 1.0 and rate_factor(3, 3, 3, "cosine", 0.1) == 1.0
+
+
+def test_the_average_follows_faster_at_the_start() -> None:
+    assert [average_decay(step, 0.9) for step in (0, 8, 79, 80, 81, 500)] == pytest.approx(
+        [0.1, 0.5, 80 / 89, *3 * [0.9]]
+    )
+    assert average_decay(0, 0.05) == 0.05

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_stage import plan_stage, run
 from adala import load_student, load_task_model
 from adala.build import build_teacher, unaligned_student
 from adala.config import load_recipe
+from adala.distributed import Interrupted
 from adala.metrics import read_metrics
 
 NAMES = ["teacher", "linearized", "stage 1", "stage 2", "stage 3"]
@@ -104,10 +106,13 @@ def test_an_unfinished_stage_goes_on_and_ends_as_it_would_have(again: Path, capf
     assert (student_of(again, 1), student_of(again, 3)) == (first, third)
 
 
-def test_a_finished_run_is_refused_and_a_stage_overwritten(again: Path, capfd) -> None:
+def test_a_finished_run_is_left_alone_and_a_stage_overwritten(again: Path, capfd) -> None:
     before = {number: student_of(again, number) for number in (1, 2, 3)}
-    said = refused(again, capfd)
-    assert "stage 1, 2, 3 of run" in said and "add --overwrite to run it again" in said
+    said = rerun(again, capfd)
+    assert (
+        "stage 1, 2, 3 of run" in said
+        and "is finished already, and nothing was done: add --overwrite to run it again" in said
+    )
     assert "with stage2.lr 0.001, this run has 0.01" in refused(again, capfd, "--stage2.lr=0.01")
     said = rerun(again, capfd, "--stage1.lr=0.01", stages=(1,), overwrite=True)
     assert "run again, as --overwrite says" in said and "is of earlier students: --stage all makes it anew" in said
@@ -116,6 +121,24 @@ def test_a_finished_run_is_refused_and_a_stage_overwritten(again: Path, capfd) -
     assert said.count("stale, since the student it starts from has changed: run again") == 2
     assert all(student_of(again, number) != before[number] for number in (2, 3))
     assert not list((again / "runs" / "tiny-run").glob("*.new")) and not list((again / "runs").rglob("overwrite.json"))
+
+
+def test_a_run_of_several_mechanisms_resumes_and_starts_from_its_own_students(tmp_path: Path, capfd) -> None:
+    mixed = {"block_mechanisms": {0: "window"}, "block_mechanism_options": {"window": {"window": 2}}}
+    write_tiny_recipe(tmp_path, keep=[1], **mixed)
+    said = rerun(tmp_path, capfd, stages=(1, 2))
+    first, second = student_of(tmp_path, 1), student_of(tmp_path, 2)
+    assert "starting from the student in" in said and first != second
+    described = json.loads((stage_of(tmp_path, 2) / "model.json").read_text())
+    assert described["block_mechanisms"] == {"0": "window"} and described["keep"] == [1]
+    weights = [load_student(stage_of(tmp_path, number)).blocks[0].attn.qkv.weight for number in (1, 2)]
+    assert not torch.equal(*weights)
+    (stage_of(tmp_path, 2) / "finished.json").unlink()
+    said = rerun(tmp_path, capfd, stages=(1, 2))
+    assert "begun and not finished: going on with it" in said and "at step 4 of 4" in said
+    assert (student_of(tmp_path, 1), student_of(tmp_path, 2)) == (first, second)
+    message = "with block_mechanism_options {'window': {'window': 2}}, this run has {'window': {'window': 4}}"
+    assert message in refused(tmp_path, capfd, "--block_mechanism_options.window.window=4", stages=(1, 2))
 
 
 def test_a_report_is_made_again_where_it_is_gone_and_only_there(again: Path, capfd) -> None:
@@ -164,3 +187,41 @@ def test_a_stage_that_a_conversion_does_not_have_is_left_out(tmp_path: Path, cap
     assert "stage1.lr is 0.01 by hedgehog's native conversion, in place of 0.001" in said
     rows = json.loads((tmp_path / "runs" / "tiny-run" / "report.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["teacher", "linearized", "stage 1", "stage 3"]
+
+
+def run_until_scored(recipe: Path, places: dict[int, str]) -> str:
+    """All stages; the ranks in ``places`` are asked to end when the scoring has come to what is named there."""
+    from adala import preemption
+    from adala.comparison import Comparer
+    from adala.distributed import rank
+
+    def asking(name: str) -> None:
+        method = getattr(Comparer, name)
+
+        def asked(comparer: Comparer, *arguments: Any) -> None:
+            preemption._told = "SIGTERM" if places.get(rank()) == name else None
+            method(comparer, *arguments)
+
+        setattr(Comparer, name, asked)
+
+    for name in set(places.values()):
+        asking(name)
+    try:
+        run(recipe, (1, 2, 3))
+    except Interrupted as ended:
+        return str(ended)
+    return "finished"
+
+
+def test_a_run_that_is_asked_to_end_while_it_is_scored_makes_its_report_next_time(tmp_path: Path) -> None:
+    recipe = write_tiny_recipe(tmp_path)
+    path = tmp_path / "runs" / "tiny-run"
+    for places, said in (
+        ({1: "_pass_held_out"}, "SIGTERM: while models were scored"),
+        ({0: "_fit_pooled", 1: "_fit_pooled"}, "SIGTERM: while a probe was fitted"),
+    ):
+        assert on_ranks(2, run_until_scored, recipe, places) == [said] * 2
+        assert (path / "interrupted.json").exists() and not (path / "report.json").exists()
+    assert on_ranks(2, run_until_scored, recipe, {}) == ["finished"] * 2
+    assert [row["model"] for row in json.loads((path / "report.json").read_text())["rows"]] == NAMES
+    assert not (path / "interrupted.json").exists() and not (path / "features").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_run import write_tiny_recipe
+from tiny_run import write_tiny_recipe, write_tiny_shards
 
 from adala.build import rehearse
 from adala.config import load_recipe
@@ -44,6 +44,11 @@ DECIDING = {
     "mechanism": (["--mechanism", "cosformer"], "mechanism"),
     "mechanism option": (["--mechanism_options.den_added", "1e-3"], "mechanism_options"),
     "kept blocks": (["--keep", "[1]"], "keep"),
+    "mechanisms of blocks": (["--block_mechanisms.1=window"], "block_mechanisms"),
+    "their options": (
+        ["--block_mechanisms.1=window", "--block_mechanism_options.window.window=2"],
+        "block_mechanism_options",
+    ),
     "conversion": (["--mechanism", "hedgehog", "--conversion", "native"], "conversion"),
     "image size": (["--data.image_size", "[8, 8]"], "data.image_size"),
     "normalisation": (["--data.mean", "[0.1, 0.1, 0.1]"], "data.mean"),
@@ -62,7 +67,52 @@ DECIDING = {
 @pytest.mark.parametrize(("overrides", "condition"), DECIDING.values(), ids=DECIDING)
 def test_everything_that_decides_the_result_is_a_condition(plan_of, overrides: list[str], condition: str) -> None:
     before, after = plan_of(stages=(1,)).stages[0].conditions, plan_of(*overrides, stages=(1,)).stages[0].conditions
-    assert before[condition] != after[condition]
+    assert before.get(condition) != after[condition]
+    assert json.loads(json.dumps(after[condition])) == after[condition], "as it is read back"
+
+
+def test_an_image_size_from_a_step_on_is_planned(plan_of) -> None:
+    def plan(micro: int, size: str = "[8, 12]"):
+        sizes = f"[{{from_step: 2, image_size: {size}, micro_batch_size: {micro}}}]"
+        return plan_of("--stage2.image_sizes", sizes, stages=(1, 2))
+
+    stage = plan(2).stages[1]
+    before, after = stage.at(1), stage.at(2)
+    assert (before.data.view.image_size, before.micro_batch_size) == ((16, 16), 8)
+    assert (after.data.view.image_size, after.micro_batch_size) == ((8, 12), 2)
+    assert (after.gradient_accumulation_steps, stage.at(3)) == (4, after)
+    assert plan(4).stages[1].conditions == stage.conditions, "how batches are cut is no condition"
+    with pytest.raises(ValueError, match=r"or another stage2\.image_sizes\[0\]\.micro_batch_size"):
+        plan(3)
+    with pytest.raises(ValueError, match="image size 8 x 10 is not divisible by the patch size 4 x 4"):
+        rehearse(plan(2, "[8, 10]"))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sentence"),
+    [("[0, 3]", "the model has the blocks 0 to 2, not 3"), ("4", "the model has 3 blocks; choose fewer")],
+)
+def test_intermediate_blocks_that_are_not_there_are_refused(plan_of, blocks: str, sentence: str) -> None:
+    asked = ["--stage2.intermediate_weight", "1", "--stage2.intermediate_blocks", blocks]
+    with pytest.raises(ValueError, match=rf"^stage2\.intermediate_blocks.*{sentence}"):
+        rehearse(plan_of(*asked, stages=(2,)))
+
+
+# Keys that are no condition at their default, which was the only way once.
+LATER = {
+    "global_weight": "0.5",
+    "intermediate_weight": "0.5",
+    "intermediate_blocks": "[1]",
+    "ema": "0.9",
+    "image_sizes": "[{from_step: 2, image_size: [8, 8]}]",
+}
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_later_key_is_a_condition_where_it_asks_for_something(plan_of, key: str) -> None:
+    condition = f"stage2.{key}"
+    assert condition not in plan_of(stages=(2,)).stages[0].conditions
+    assert condition in plan_of(f"--{condition}", LATER[key], stages=(2,)).stages[0].conditions
 
 
 @pytest.mark.parametrize(
@@ -74,6 +124,12 @@ def test_everything_that_decides_the_result_is_a_condition(plan_of, overrides: l
         ["--stage1.micro_batch_size", "2"],
         ["--stage1.max_skipped_steps", "9"],
         ["--data.num_workers", "1"],
+        ["--data.remote_attempts", "3"],
+        ["--data.stall_timeout_s", "5"],
+        ["--data.total_timeout_s", "50"],
+        ["--data.min_mib_per_s", "0.1"],
+        ["--data.cache_dir", "/elsewhere"],
+        ["--data.cache_gib", "5"],
         ["--run_name", "other"],
         ["--tensorboard", "true"],
         ["--stage2.lr", "0.1"],
@@ -83,6 +139,14 @@ def test_everything_that_decides_the_result_is_a_condition(plan_of, overrides: l
 )
 def test_what_does_not_decide_the_result_is_none(plan_of, overrides: list[str]) -> None:
     assert plan_of(*overrides, stages=(1,)).stages[0].conditions == plan_of(stages=(1,)).stages[0].conditions
+
+
+def test_how_remote_shards_are_read_reaches_every_data_set(plan_of) -> None:
+    plan = plan_of("--data.cache_dir", "/elsewhere", "--data.stall_timeout_s", "5", "--data.remote_attempts", "3")
+    indexes = [plan.evaluation.held_out, plan.evaluation.probe_train, plan.stages[0].training, plan.stages[0].held_out]
+    for index in indexes:
+        remote = index.remote
+        assert (remote.cache_dir, remote.stall_timeout_s, remote.remote_attempts) == ("/elsewhere", 5, 3)
 
 
 def test_teacher_and_data_are_known_by_their_contents(plan_of, tmp_path: Path) -> None:
@@ -101,6 +165,25 @@ def test_teacher_and_data_are_known_by_their_contents(plan_of, tmp_path: Path) -
     changed = plan_of("--teacher.checkpoint", str(moved), *data, stages=(1,)).stages[0].conditions
     key = "stage1.train_data or data.train (its shards)"
     assert changed[key] != before[key]
+
+
+def test_the_weights_and_sources_of_a_mixture_are_conditions(plan_of, tmp_path: Path) -> None:
+    folders = [write_tiny_shards(tmp_path / name) for name in ("one", "two")]
+
+    def conditions(*weights: float) -> dict:
+        sources = [
+            {"source": f"{folder}/train-*.tar", "weight": weight}
+            for folder, weight in zip(folders, weights, strict=True)
+        ]
+        return plan_of("--data.train", json.dumps(sources), stages=(1,)).stages[0].conditions
+
+    keys = [f"stage1.train_data or data.train (its {what})" for what in ("weights", "shards")]
+    mixed, other = conditions(3, 1), conditions(1, 3)
+    assert mixed == conditions(6, 2) and list(mixed[keys[0]]) == [3, 1]
+    assert all(mixed[key] != other[key] for key in keys)
+    plain = plan_of("--data.train", json.dumps([f"{folder}/train-*.tar" for folder in folders]), stages=(1,))
+    assert keys[0] not in plain.stages[0].conditions and plain.stages[0].conditions[keys[1]] != mixed[keys[1]]
+    assert len(plain.stages[0].training.shards) == 6 and plain.stages[0].training.sources == ()
 
 
 def test_a_native_conversion_states_its_values_in_the_recipe_and_says_so(plan_of) -> None:
@@ -155,9 +238,9 @@ def test_stage_3_needs_labels_and_says_where(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_told_first(plan_of, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
-    with pytest.raises(ValueError, match="has 1 MiB left, and checkpoints and students of this run may need 3 MiB"):
-        rehearse(plan_of("--stage2.save_every", "2"))
-    rehearse(plan_of(stages=(1,)))
+    with pytest.raises(ValueError, match="has 1 MiB left, and checkpoints and students of this run may need 4 MiB"):
+        rehearse(plan_of())
+    rehearse(plan_of("--stage1.save_every_minutes", "0", stages=(1,)))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,12 @@ import os
 import signal
 
 import pytest
+import torch
 
-from adala.preemption import listen, reason_to_end, stop_listening
+from adala.evaluation import Features, fit_probe
+from adala.evaluation.knn import knn_top1
+from adala.evaluation.linear_probe import draw_batches
+from adala.preemption import Preempted, listen, reason_to_end, stop_listening
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -33,3 +37,21 @@ def test_a_process_that_is_forked_from_a_rank_has_its_own_parent(monkeypatch: py
         assert reason_to_end() == "its launcher has ended"
     finally:
         stop_listening()
+
+
+def test_what_a_rank_does_by_itself_ends_where_it_is_asked_to() -> None:
+    """Probes, neighbours and features are fitted and computed for minutes."""
+    features = Features(torch.randn(64, 8), torch.arange(64) % 2)
+    for action in (
+        lambda: fit_probe(features, 2),
+        lambda: list(draw_batches(torch.arange(8), 2, 1, seed=0)),
+        lambda: knn_top1(features, features, [3]),
+    ):
+        action()
+        listen()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Preempted, match="SIGTERM: while"):
+                action()
+        finally:
+            stop_listening()

@@ -82,6 +82,7 @@ REFUSED = {
         "description": [" "],
         "measures": [[], ["knn", "knn"], ["knn", "speeds"], "all", 3, [["knn"]]],
         "precision": ["fp16", None],
+        "held_out_samples": [0, 2.5],
         "knn": [None, {}],
     },
     BlockConfig: {"images": [0, 1.5]},

@@ -155,3 +155,14 @@ def test_peak_memory_is_in_mib() -> None:
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     assert peak == pytest.approx(int(line.split()[1]) / 1024, rel=0.1)
     assert distributed.peak_memory_mib() == pytest.approx(peak, rel=0.1) and os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def quantiles() -> float:
+    """By MKL, which asks OpenMP for as many threads as there are."""
+    return torch.linspace(-0.9, 0.9, 300_001).erfinv_().sum().item()
+
+
+def test_ranks_are_forked_from_a_process_that_has_had_several_threads() -> None:
+    torch.set_num_threads(2)
+    here = quantiles()
+    assert on_ranks(2, quantiles) == [pytest.approx(here, abs=1.0)] * 2

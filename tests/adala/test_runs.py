@@ -116,3 +116,23 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"value.json is damaged"):
         read_json(path)
     remove_tree(tmp_path / "absent")
+
+
+def test_a_run_that_is_asked_to_end_again_and_again_without_getting_further_is_an_error(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.note_end()
+    run.note_end()
+    (run.stage(1).checkpoints / "step-00000002").mkdir(parents=True)
+    write_json(run.stage(1).checkpoints / "step-00000002" / "COMPLETE", {})
+    run.note_end()
+    run.note_end()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"asked to end 3 times in a row and got no further .* give its jobs more"):
+            run.note_end()
+        # What was said is forgotten: whoever starts it again has read it.
+        run.note_end()
+        run.note_end()
+    run.forget_ends()
+    assert not (tmp_path / "interrupted.json").exists()
+    run.note_end()
+    run.note_end()

@@ -1,12 +1,15 @@
 """What the first samples of a data set say of its labels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fault_server import FaultServer
 from PIL import Image
 
 import adala.sources
 from adala.data import write_shards
+from adala.data.remote import DEFAULT_OPTIONS
 from adala.sources import Sources
 from adala.tasks import Classification
 
@@ -73,6 +76,17 @@ def test_64_samples_of_up_to_eight_shards_are_looked_at_once(sources, tmp_path: 
     assert reads == [f"train-{number:05d}.tar" for number in range(0, 18, 3)]
 
 
+def test_a_look_at_a_remote_set_fetches_no_shard_as_a_whole(tmp_path: Path) -> None:
+    write(tmp_path / "shards", [0] * 30 + [1] * 30, 30)
+    files = {f"/{path.name}": path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    remote = replace(DEFAULT_OPTIONS, cache_dir=str(tmp_path / "cache"))
+    with FaultServer(files) as server:
+        sources = Sources(tmp_path / "embedded", remote=remote)
+        assert sources.missing_targets(TASK, [f"{server.url}/train-*.tar"]) is None
+        assert sources.index([f"{server.url}/train-*.tar"]).remote == remote
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_set_that_is_mostly_unusable_is_refused_whatever_its_index_says(sources, tmp_path: Path) -> None:
     names = write(tmp_path, [0] * 5, image=b"no image")
     with pytest.raises(ValueError, match=r"5 of 5 images that were tried cannot be decoded in .*train-\*.tar"):
@@ -89,6 +103,22 @@ def test_a_label_that_the_task_cannot_have_is_told_with_its_sample(tmp_path: Pat
 
 def test_samples_without_a_label_are_passed_over(sources, tmp_path: Path) -> None:
     sources.check_targets(Classification(num_classes=2), write(tmp_path, [None, 1, 1]), "data.train")
+
+
+def test_every_source_of_a_mixture_is_looked_at(sources, tmp_path: Path) -> None:
+    """A small one among large ones, too; and each with the classes beside it."""
+    large = write(tmp_path / "large", [0, 1] * 100, 10)
+    mixture = [{"source": large[0], "weight": 9}, {"source": write(tmp_path / "small", [2] * 3), "weight": 1}]
+    index = sources.index(mixture)
+    assert [(source.weight, source.num_shards) for source in index.sources] == [(9, 20), (1, 1)]
+    assert {shard.source for shard in index.shards[:-1]} == {0} and index.shards[-1].source == 1
+    assert sources.index(mixture) is index and sources.index(large).sources == ()
+    assert len(sources.first_samples(mixture)) == len(sources.first_samples(large)) + 3
+    with pytest.raises(ValueError, match=r"data.train: the sample train-00000.tar/\S+: it has the label 2, but"):
+        sources.check_targets(Classification(num_classes=2), mixture, "data.train")
+    sources.check_targets(Classification(num_classes=3), mixture, "data.train")
+    plain = [mixture[0], {"source": write(tmp_path / "plain", [None] * 3), "weight": 1}]
+    assert "plain/train-00000.tar are of no use" in sources.missing_targets(TASK, plain)
 
 
 def test_the_embedded_data_have_two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

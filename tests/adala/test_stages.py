@@ -10,9 +10,9 @@ from torch import nn
 
 from adala.activations import SavedActivations
 from adala.attention import TokenLayout
-from adala.compilation import compiled_call
+from adala.compilation import CompiledModules, compiled_call
 from adala.conversion import QKV_PATTERNS
-from adala.losses import mse
+from adala.losses import ALIGNMENT_LOSSES, mse
 from adala.optim import freeze_except
 from adala.stages import AttentionAlignment, FeatureAlignment, Finetuning, Stage
 from adala.students import linearize
@@ -20,6 +20,7 @@ from adala.tasks import Classification
 
 ALIGNED = ("blocks.0.attn.", "blocks.2.attn.")
 ALL_LOSSES = ["mse", "normalized_mse", "head_output_mse_1000"]
+FEATURE_LOSSES = ["normalized_mse", "standardized_mse", "cosine_smooth_l1"]
 
 
 def calibrated(stage: Stage, images: torch.Tensor) -> Stage:
@@ -223,6 +224,21 @@ def test_attention_maps_can_be_compared_where_there_are_feature_maps(teacher, im
         AttentionAlignment(linearize(teacher, "linear"), teacher, "attention_map_cross_entropy")
 
 
+@pytest.mark.parametrize("release", [True, False])
+def test_stage_1_aligns_the_blocks_of_every_mechanism(teacher, images, release: bool) -> None:
+    student = linearize(teacher, "linear", [1], None, 0, {2: "window"}, {"window": {"window": 2}})
+    stage = AttentionAlignment(student, teacher, "mse", release)
+    losses = stage({"image": images})
+    losses["loss"].backward()
+    assert [name for name in losses if name.startswith("block")] == ["block00_loss", "block02_loss"]
+    assert all(losses[name] > 0 for name in ("block00_loss", "block02_loss"))
+    moved = {name.split(".")[1] for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().max()}
+    assert moved == {"0", "2"}
+    mixed = linearize(teacher, "hedgehog", block_mechanisms={1: "window"})
+    with pytest.raises(ValueError, match="WindowMixer has no feature maps to compare"):
+        AttentionAlignment(mixed, teacher, "attention_map_cross_entropy")
+
+
 @pytest.mark.parametrize("stage_class", [AttentionAlignment, FeatureAlignment])
 def test_training_moves_the_student_and_never_the_teacher(teacher, images, stage_class) -> None:
     before = copy.deepcopy(teacher.state_dict())
@@ -320,6 +336,106 @@ def test_the_gradient_of_the_default_loss_does_not_depend_on_the_cut(teacher, st
 
     whole, cut = gradient(1), gradient(pieces)
     assert (cut - whole).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("loss", FEATURE_LOSSES)
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_every_loss_of_stage_2_does_not_depend_on_the_cut(loss: str, pooling: str) -> None:
+    """With a term of the global feature, whose target is a class token or the mean of the patches."""
+    teacher = build_tiny_teacher(**({} if pooling == "token" else {"class_token": False, "global_pool": "avg"}))
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    images = images * torch.logspace(-1, 1, 8)[:, None, None, None]
+    stage = FeatureAlignment(linearize(teacher, "linear"), teacher, loss, global_weight=0.5)
+    stage.calibrate([{"image": images}])
+    whole = stage({"image": images})
+    parts = [stage({"image": part}) for part in images.chunk(4)]
+    for name in ("loss", "feature_loss", "global_loss"):
+        assert torch.stack([part[name] for part in parts]).mean().item() == pytest.approx(whole[name].item(), rel=1e-5)
+    assert whole["loss"].item() == pytest.approx((whole["feature_loss"] + 0.5 * whole["global_loss"]).item())
+    target, features = teacher(images), stage.student(images)
+    pick = (lambda x: x[:, :1]) if pooling == "token" else (lambda x: x.mean(1, keepdim=True))
+    axes = (0, 1) if loss == "standardized_mse" else (0, 1, 2)
+    variance = pick(target).var(axes, correction=0)
+    expected = ALIGNMENT_LOSSES[loss](pick(features), pick(target), variance if variance.ndim else variance.item())
+    assert whole["global_loss"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", FEATURE_LOSSES)
+def test_every_loss_of_stage_2_is_zero_for_the_teacher_and_falls(teacher, images, loss: str) -> None:
+    stage = calibrated(FeatureAlignment(linearize(teacher, "softmax"), teacher, loss), images)
+    assert stage({"image": images})["loss"].item() == pytest.approx(0.0, abs=1e-6)
+    stage = calibrated(FeatureAlignment(linearize(teacher, "linear"), teacher, loss), images).train()
+    optimizer, losses = torch.optim.AdamW(stage.parameters(), lr=3e-3), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(stage({"image": images})["loss"])
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1].item() < 0.7 * losses[0].item()
+
+
+def blocks_by_hand(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    return model.forward_intermediates(
+        images, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True, norm=False
+    )
+
+
+@pytest.mark.parametrize("mode", ["plain", "checkpointing", "compiled"])
+def test_what_blocks_give_can_be_compared_too(teacher, images, mode: str) -> None:
+    """Against timm's own intermediates, and the gradient with what is compiled or computed again."""
+
+    def build() -> FeatureAlignment:
+        student = linearize(teacher, "linear", keep=[1])
+        stage = FeatureAlignment(
+            student, teacher, "standardized_mse", intermediate_weight=0.3, intermediate_blocks=[2, 0]
+        )
+        return calibrated(stage, images)
+
+    def gradient(stage: FeatureAlignment) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        losses = stage.train()({"image": images})
+        losses["loss"].backward()
+        return losses, torch.cat([p.grad.flatten() for p in stage.parameters()])
+
+    _, expected = gradient(build())  # before the teacher is compiled, of which students are copies
+    stage = build()
+    assert stage.calibrated_targets == ("features", "block00", "block02")
+    if mode == "checkpointing":
+        stage.checkpoint_activations()
+    if mode == "compiled":
+        stage._compiled += [CompiledModules(stage.student.blocks, "compute", "aot_eager"),
+                            CompiledModules(stage.teacher.blocks, backend="aot_eager")]  # fmt: skip
+    losses, found = gradient(stage)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        ours, theirs = (
+            [patches_and_prefix(each) for each in blocks_by_hand(model, images)] for model in (stage.student, teacher)
+        )
+    for name, of_student, of_teacher in zip(("block00", "block02"), ours, theirs, strict=True):
+        variance = of_teacher.var(correction=0).item()
+        assert stage.target_variance[name] == pytest.approx(variance, rel=1e-4)
+        assert losses[f"{name}_loss"].item() == pytest.approx(mse(of_student, of_teacher).item() / variance, rel=1e-3)
+    mean = (losses["block00_loss"] + losses["block02_loss"]).item() / 2
+    assert losses["intermediate_loss"].item() == pytest.approx(mean)
+    assert losses["loss"].item() == pytest.approx(losses["feature_loss"].item() + 0.3 * mean)
+
+
+def patches_and_prefix(intermediate: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    patches, prefix = intermediate
+    return torch.cat([prefix, patches], dim=1)
+
+
+def test_every_kth_block_is_the_last_of_each_k(teacher) -> None:
+    deep = build_tiny_teacher(depth=7)
+    stage = FeatureAlignment(linearize(deep, "linear"), deep, intermediate_weight=1.0, intermediate_blocks=3)
+    assert stage.blocks == (2, 5)
+    assert FeatureAlignment(linearize(deep, "linear"), deep).calibrated_targets == ("features",)
+
+
+def test_calibration_measures_every_channel_where_the_loss_wants_it(teacher, images) -> None:
+    stage = FeatureAlignment(linearize(teacher, "linear"), teacher, "standardized_mse")
+    stage.calibrate([{"image": images[:1]}, {"image": images[1:]}])
+    expected = teacher(images).var((0, 1), correction=0)
+    torch.testing.assert_close(stage.target_variance["features"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_calibration_measures_the_variance_of_every_target(teacher, images) -> None:

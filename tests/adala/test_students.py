@@ -54,6 +54,41 @@ def test_kept_blocks_stay_timms_softmax(teacher, images) -> None:
     assert not torch.allclose(student.eval()(images), teacher(images), atol=1e-3)
 
 
+def test_single_blocks_have_other_mechanisms_with_options_of_their_own(teacher, images) -> None:
+    options = {"window": {"window": 2}}
+    student = linearize(teacher, "linear", [0], {"den_added": 0.5}, 0, {1: "window"}, options).eval()
+    assert type(student.blocks[0].attn) is Attention
+    mixers = [shell.token_mixer for shell in linearized_blocks(student).values()]
+    assert [repr(mixer.options) for mixer in mixers] == [
+        "WindowOptions(window=2, summary=0)",
+        "LinearOptions(den_added=0.5)",
+    ]
+    for block in (1, 2):
+        whole = linearize(
+            teacher, "window" if block == 1 else "linear", (), (options["window"], {"den_added": 0.5})[block - 1]
+        )
+        x = torch.randn(2, 17, 32)
+        assert torch.equal(student.blocks[block].attn(x), whole.blocks[block].attn(x))
+    assert student.state_dict().keys() == teacher.state_dict().keys() and student(images).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": [1]}, "block 1 stands in keep and in block_mechanisms: leave it out of one of them"),
+        ({"block_mechanisms": {3: "window"}}, "block_mechanisms={3: 'window'}: the model has the blocks 0 to 2, not 3"),
+        ({"block_mechanisms": {1: "square"}}, "unknown mechanism 'square'"),
+        ({"block_mechanism_options": {"window": {"den_added": 1}}}, "mechanism 'window' has no option 'den_added'"),
+        ({"block_mechanism_options": {"monarch": {}}}, "options of monarch, which no block has"),
+        ({"block_mechanism_options": {"linear": {}}}, "options of linear, .*: give them as mechanism_options"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_single_blocks_cannot_have_is_one_sentence(teacher, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linearize(teacher, **{"block_mechanisms": {1: "window"}, **changes})
+
+
 @pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("size", [(16, 16), (16, 32), (12, 8)], ids=str)
 @pytest.mark.parametrize("mechanism", ["linear", "monarch"])

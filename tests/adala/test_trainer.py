@@ -16,10 +16,12 @@ from ranks import on_ranks
 from tiny_run import write_tiny_recipe
 from tiny_stage import build_trainer
 
+from adala import preemption
 from adala.checkpoint import complete_checkpoints
 from adala.distributed import SharedError, rank
 from adala.metrics import read_metrics
-from adala.trainer import Trainer
+from adala.preemption import Preempted
+from adala.trainer import OnItsWay, Trainer
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_what_stage2_freeze_names_stays_as_it_is(recipe: Path) -> None:
 def draws(recipe: Path, *overrides: str) -> list[float]:
     """What a stage would draw in each of its forward passes."""
     trainer, drawn = build_trainer(recipe, 2, overrides), []
-    trainer.evaluation_loader = None
+    trainer.evaluation_loaders = {}
     trainer.engine.module.register_forward_pre_hook(lambda *_: drawn.append(torch.rand(()).item()))
     trainer.fit()
     return drawn
@@ -163,7 +165,7 @@ def test_ranks_with_fewer_batches_evaluate_along_and_count_nothing_twice(recipe:
 def nothing_usable(recipe: Path) -> str:
     trainer = build_trainer(recipe, 2)
     if rank() == 1:
-        trainer.evaluation_loader = []
+        trainer.evaluation_loaders = {"": []}
     try:
         trainer.evaluate()
     except SharedError as error:
@@ -175,6 +177,48 @@ def test_a_rank_without_a_usable_sample_is_told_by_all(recipe: Path) -> None:
         on_ranks(2, nothing_usable, recipe)
         == ["a rank found no usable held-out sample: name other shards in data.val"] * 2
     )
+
+
+SIZES = "[{from_step: 2, image_size: [8, 12], micro_batch_size: 2}, {from_step: 5, image_size: [24, 24]}]"
+SIZED = [
+    f"--stage2.image_sizes={SIZES}", "--stage2.steps=7", "--stage2.save_every=1", "--stage2.keep_last=9",
+    "--stage2.augmentation=crop", "--stage2.ema=0.9", "--data.shuffle_buffer=4",
+]  # fmt: skip
+
+
+def fit_sizes(recipe: Path) -> list[tuple]:
+    """Of every training batch the step, the shape of its images and the samples in it."""
+    trainer, seen = build_trainer(recipe, 2, SIZED), []
+
+    def note(module: torch.nn.Module, inputs: tuple) -> None:
+        if module.training:
+            seen.append((trainer.step, tuple(inputs[0]["image"].shape), tuple(inputs[0]["id"])))
+
+    trainer.engine.module.register_forward_pre_hook(note)
+    trainer.fit()
+    return seen
+
+
+def test_image_sizes_change_at_their_steps_and_after_a_resume(recipe: Path) -> None:
+    """40 samples, 8 a step: the first epoch ends with step 4, within the second size."""
+    whole = on_ranks(2, fit_sizes, recipe)
+    shapes = {0: (4, 3, 16, 16), 2: (2, 3, 8, 12), 5: (4, 3, 24, 24)}
+    for of_rank in whole:
+        assert [step for step, *_ in of_rank] == [0, 1, 2, 2, 3, 3, 4, 4, 5, 6]
+        assert all(shape == shapes[max(s for s in shapes if s <= step)] for step, shape, _ in of_rank)
+    epoch = [sample for of_rank in whole for step, _, ids in of_rank if step < 5 for sample in ids]
+    assert len(epoch) == len(set(epoch)) == 40, "other sizes take nothing out of the epoch"
+    curve = [row["loss"] for row in steps_of(recipe)]
+    evaluated = steps_of(recipe, "val")[-1]
+    saved = recipe.parent / "saved"
+    (recipe.parent / "checkpoints").rename(saved)
+    for step in (2, 3):
+        shutil.copytree(saved / f"step-{step:08d}", recipe.parent / f"checkpoints/step-{step:08d}")
+        for of_rank, of_whole in zip(on_ranks(2, fit_sizes, recipe), whole, strict=True):
+            assert of_rank == [batch for batch in of_whole if batch[0] >= step]
+        assert [row["loss"] for row in steps_of(recipe)][step - 7 :] == curve[step:]
+        assert steps_of(recipe, "val")[-1]["relative_error"] == evaluated["relative_error"], "of the average"
+        shutil.rmtree(recipe.parent / "checkpoints")
 
 
 def test_it_evaluates_logs_and_saves_when_it_is_due(recipe: Path) -> None:
@@ -193,7 +237,7 @@ def test_it_evaluates_logs_and_saves_when_it_is_due(recipe: Path) -> None:
 def fit_with_losses(recipe: Path, *overrides: str) -> list[float]:
     """The loss of every micro-batch, as the engine gave it."""
     trainer, losses = build_trainer(recipe, 2, overrides), []
-    trainer.evaluation_loader = None
+    trainer.evaluation_loaders = {}
     trainer.engine.module.register_forward_hook(lambda *given: losses.append(given[-1]["loss"].item()))
     trainer.fit()
     return losses
@@ -206,25 +250,36 @@ def test_logged_losses_are_means_over_ranks_and_micro_batches(recipe: Path) -> N
     assert [row["loss"] for row in steps_of(recipe)] == pytest.approx(expected, rel=1e-6)
 
 
-def refuse_non_finite(recipe: Path) -> str:
-    trainer = build_trainer(recipe, 2)
+def skip_non_finite(recipe: Path, spoilt: str) -> tuple[str, bool]:
+    """What is said of a step with a loss, or another metric, that is not finite on a rank; whether weights moved."""
+    trainer = build_trainer(recipe, 2, ["--stage2.max_skipped_steps=1"])
     trainer.engine.module.register_forward_hook(
-        lambda _, __, losses: losses | ({"loss": losses["loss"] * math.inf} if rank() == 1 else {})
+        lambda _, __, losses: losses | ({spoilt: losses[spoilt] * math.inf} if rank() == 1 else {})
     )
     before = trainer.engine.full_state()
     loader = trainer.build_loader(trainer._resume())
     trainer.train_step(iter(loader))
-    try:
+    with pytest.raises(SharedError) as raised:
         trainer.read_steps(loader)
-    except SharedError as error:
-        after = trainer.engine.full_state()
-        assert all(torch.equal(value, before[name]) for name, value in after.items())
-        return str(error)
+    after = trainer.engine.full_state()
+    return str(raised.value), any(not torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_leaves_the_weights_alone(recipe: Path) -> None:
-    said = on_ranks(2, refuse_non_finite, recipe)
-    assert said[0] == said[1] and said[0].startswith("step 1: loss not finite; the last checkpoint is intact")
+def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_weights_alone_on_all(recipe: Path) -> None:
+    said = on_ranks(2, skip_non_finite, recipe, "loss")
+    assert said[0][0] == said[1][0] and said[0][0].startswith(
+        "step 1: the gradients of 1 steps in a row were not finite"
+    )
+    assert "it begins in the loss, in the forward pass, on rank 1: lower" in said[0][0]
+    assert [moved for _, moved in said] == [False, False]
+
+
+def test_another_metric_that_is_not_finite_stops_the_run(recipe: Path) -> None:
+    said = on_ranks(2, skip_non_finite, recipe, "relative_error")
+    assert said[0][0] == said[1][0] and said[0][0].startswith(
+        "step 1: relative_error not finite; the last checkpoint is"
+    )
+    assert said[0][1], "nothing is wrong with the gradient"
 
 
 def test_what_steps_measured_is_read_when_it_is_logged(recipe: Path) -> None:
@@ -274,12 +329,81 @@ def test_a_step_reduces_once_and_waits_for_no_value(recipe: Path) -> None:
 
 def test_on_a_gpu_the_question_is_read_once_its_answer_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step that the device is through with; on a CPU of the step just taken."""
-    asked = [torch.tensor(0.0), torch.tensor(1.0), *[torch.tensor(0.0)] * 7]
+    asked = [OnItsWay(torch.tensor([end, 0.0, 0.0])) for end in [0.0, 1.0, *[0.0] * 7]]
     for kind, expected in (("cpu", [False, True]), ("cuda", [False])):
         monkeypatch.setattr("adala.trainer.device", lambda kind=kind: SimpleNamespace(type=kind))
-        trainer = SimpleNamespace(_asked_to_end=deque(asked))
-        assert [Trainer._is_asked_to_end(trainer) for _ in expected] == expected
+        trainer = SimpleNamespace(_questions=deque(asked), step=20, _saved_step=0)
+        assert [Trainer._ask(trainer).end for _ in expected] == expected
     # Eight are left, all of which may be on their way; with one more, the one that was asked is read.
-    assert not Trainer._is_asked_to_end(trainer)
-    trainer._asked_to_end.append(torch.tensor(0.0))
-    assert Trainer._is_asked_to_end(trainer)
+    assert not Trainer._ask(trainer).end
+    trainer._questions.append(OnItsWay(torch.zeros(3)))
+    assert Trainer._ask(trainer).end
+
+
+def test_numbers_are_read_once_they_have_arrived() -> None:
+    """An event in place of a device's: before it, there is something else."""
+    values = torch.zeros(2)
+    event = SimpleNamespace(synchronize=lambda: values.fill_(3.0))
+    assert OnItsWay(values, event).read() == [3.0, 3.0]
+    assert OnItsWay.send(torch.ones(2)).read() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("cpu", 1), ("cuda", 9)])
+def test_what_was_said_before_a_checkpoint_is_not_said_of_it(monkeypatch, kind: str, steps: int) -> None:
+    """That it is time for one, and that all have written: both were answers to an earlier one."""
+    monkeypatch.setattr("adala.trainer.device", lambda: SimpleNamespace(type=kind))
+    trainer = SimpleNamespace(_questions=deque(), step=100, _saved_step=100)
+    answers = []
+    for _ in range(8 if kind == "cuda" else 0):
+        trainer._questions.append(OnItsWay(torch.tensor([0.0, 1.0, 0.0])))
+    while trainer.step < 110:
+        trainer.step += 1
+        trainer._questions.append(OnItsWay(torch.tensor([0.0, 1.0, 0.0])))
+        answers.append(Trainer._ask(trainer))
+    assert [(answer.save, answer.written) for answer in answers] == [(False, False)] * (steps - 1) + [(True, True)] * (
+        11 - steps
+    )
+
+
+def fit_until_evaluation(recipe: Path, number: int | None, *overrides: str) -> str:
+    """Fits; the last rank is asked to end within its evaluation of that number, counted from 1."""
+    trainer, started = build_trainer(recipe, 2, overrides), []
+    build = trainer.build_evaluator
+
+    def build_evaluator():
+        started.append(trainer.step)
+        if len(started) == number and rank() == torch.distributed.get_world_size() - 1:
+            preemption._told = "SIGTERM"
+        return build()
+
+    trainer.build_evaluator = build_evaluator
+    try:
+        trainer.fit()
+    except Preempted as ended:
+        return str(ended)
+    return f"evaluated at {started}"
+
+
+def test_an_evaluation_that_is_cut_short_is_made_up_for(recipe: Path) -> None:
+    due = ["--stage2.evaluate_every=2", "--stage2.steps=4"]
+    first = on_ranks(2, fit_until_evaluation, recipe, 1, *due)
+    assert all("at step 0 of 4, while it was evaluated" in said for said in first)
+    assert complete_checkpoints(recipe.parent / "checkpoints") == []
+    assert on_ranks(2, fit_until_evaluation, recipe, 2, *due)[1] == "SIGTERM: at step 2 of 4, while it was evaluated"
+    (saved,) = complete_checkpoints(recipe.parent / "checkpoints")
+    assert json.loads((saved / "trainer.json").read_text())["owes_evaluation"] is True
+    # Within the last one, after the last step.
+    assert "at step 4 of 4" in on_ranks(2, fit_until_evaluation, recipe, 2, *due)[0]
+    assert on_ranks(2, fit_until_evaluation, recipe, None, *due) == ["evaluated at [4]"] * 2
+    assert [row["step"] for row in read_metrics(recipe.parent, "val")] == [0, 2, 4]
+    assert [row["step"] for row in read_metrics(recipe.parent, "train")] == [1, 2, 3, 4]
+
+
+def test_it_saves_by_rank_0s_clock(recipe: Path) -> None:
+    """And says what a checkpoint cost."""
+    on_ranks(2, fit, recipe, 2, "--stage2.save_every_minutes=1e-6", "--stage2.steps=6", "--stage2.keep_last=9")
+    kept = [path.name for path in complete_checkpoints(recipe.parent / "checkpoints")]
+    assert kept == [f"step-{step:08d}" for step in range(1, 7)]
+    rows = read_metrics(recipe.parent, "checkpoint")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["pause_ms"] > 0 and row["write_s"] > 0 and row["mib"] > 0.1 for row in rows)

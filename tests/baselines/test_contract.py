@@ -18,6 +18,7 @@ PER_HEAD_PARAMETERS = {"hedgehog": ("query_weight", "key_weight"), "lolcats": ("
 ROW_SUM_TOLERANCE = {
     "softmax": 1e-12,
     "linear": 1e-6,
+    "window": 1e-12,
     "hedgehog": 1e-11,
     "lolcats": 1e-11,
     "performer": 1e-12,
@@ -28,9 +29,9 @@ ROW_SUM_TOLERANCE = {
 ROWS_DO_NOT_SUM_TO_ONE = {"linformer", "nystromformer"}
 
 
-def test_all_nine_mechanisms_are_installed():
+def test_all_ten_mechanisms_are_installed():
     expected = {"softmax", "linear", "hedgehog", "lolcats", "linformer", "performer", "cosformer", "nystromformer"}
-    assert set(NAMES) >= expected | {"monarch"}
+    assert set(NAMES) >= expected | {"monarch", "window"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -190,7 +191,7 @@ def test_large_bfloat16_inputs_stay_finite(name, packed_qkv, small_mixer):
         assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"softmax", "linear"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"softmax", "linear", "window"}))
 def test_native_conversion_is_a_description_in_the_order_of_the_stages(name):
     conversion = resolve_mechanism(name).native_conversion
     assert isinstance(conversion, Conversion)

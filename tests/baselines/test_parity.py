@@ -12,6 +12,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("softmax", {}),
     ("softmax", {"scale": 0.2}),
     ("linear", {}),
+    ("window", {"window": 4}),
+    ("window", {"window": 3}),
+    ("window", {}),
     ("hedgehog", {}),
     ("hedgehog", {"activation": "exp"}),
     ("hedgehog", {"half": True, "feature_dim": 5, "den_added": 0.1}),
@@ -68,7 +71,7 @@ def test_output_and_gradients_equal_those_of_the_dense_reference(case, layout, p
     assert all(error < 1e-11 for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("name", ["linformer", "cosformer", "monarch", "nystromformer"])
+@pytest.mark.parametrize("name", ["linformer", "cosformer", "monarch", "nystromformer", "window"])
 def test_a_current_image_of_another_size_than_at_construction(name, packed_qkv, small_mixer):
     """The mechanisms that know N or the grid follow the current image, here a smaller and non-square one."""
     mixer, layout = small_mixer(name, TokenLayout((6, 6), 1)), TokenLayout((3, 7), 1)

@@ -1,5 +1,6 @@
 """PyTorch's counter against formulas, against a count by hand, and the paper's network."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ import pytest
 import run_all
 import torch
 from cases import MECHANISMS, PAPER_OPTIONS, UNFUSED, Case, build_model
-from cost import measure_cost
+from cost import measure_cost, measure_model_cost
 from results import read_results
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from adala.attention import resolve_mechanism
 from adala.attention.linear import LinearMixer
+from adala.students import linearize
 
 TINY = Case("test_vit", {"depth": 2})
 PUBLISHED = Path(__file__).parents[2] / "docs" / "bench" / "cpu" / "results.json"
@@ -31,6 +33,8 @@ class Mixing:
         head_dim: d.
         grid_width: Columns of the patch grid.
         options: Of the mechanism.
+        num_prefix_tokens: Tokens that are no patches.
+        block: Number of the layer.
     """
 
     tokens: int
@@ -38,6 +42,8 @@ class Mixing:
     head_dim: int
     grid_width: int
     options: Any = None
+    num_prefix_tokens: int = 0
+    block: int = 0
 
     @property
     def dim(self) -> int:
@@ -93,6 +99,16 @@ class Mixing:
         blocks = -(-self.tokens // block)
         return blocks * block * self.dim * ((2 * steps + 1) * block + 2 * steps * blocks)
 
+    def window(self) -> int:
+        """Pairs of patches in a window, patches with prefix tokens, and prefix tokens with all."""
+        side, shift = self.options.window, self.options.window // 2 * (self.block % 2)
+        prefix, patches = self.num_prefix_tokens, self.tokens - self.num_prefix_tokens
+        pairs = 1
+        for length in (patches // self.grid_width, self.grid_width):
+            sizes = Counter((place - shift) // side for place in range(length)).values()
+            pairs *= length**2 if length <= side else sum(size**2 for size in sizes)
+        return 2 * (pairs + patches * prefix + prefix * self.tokens) * self.dim
+
 
 def formula(case: Case, model: nn.Module) -> int:
     """MACs of one image: patch embedding, every linear layer of the blocks, and the mixing."""
@@ -100,7 +116,10 @@ def formula(case: Case, model: nn.Module) -> int:
     tokens = rows * columns + model.num_prefix_tokens
     layers = sum(m.in_features * m.out_features for m in model.blocks.modules() if isinstance(m, nn.Linear))
     options = None if case.mechanism == "none" else resolve_mechanism(case.mechanism).Options(**case.options)
-    mixing = [Mixing(tokens, b.attn.num_heads, b.attn.head_dim, columns, options) for b in model.blocks]
+    mixing = [
+        Mixing(tokens, b.attn.num_heads, b.attn.head_dim, columns, options, model.num_prefix_tokens, number)
+        for number, b in enumerate(model.blocks)
+    ]
     mixed = sum(getattr(layer, case.mechanism)() for layer in mixing)
     return rows * columns * model.patch_embed.proj.weight.numel() + tokens * layers + mixed
 
@@ -130,14 +149,14 @@ class BruteCount(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("options", ["default", "paper", "small"])
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("mechanism", (*MECHANISMS, "window"))
 def test_the_counter_agrees_with_formula_and_brute_force(mechanism, options, monkeypatch):
     """On 35 tokens (5 x 7 patches would not fit a square) and with landmarks below and above that."""
     # The products inside a kernel cannot be seen; that it is counted like plain operations, the second line looks at.
     monkeypatch.setattr("adala.attention.kernels.choice._chosen", "reference")
     small = {"linformer": {"num_landmarks": 5}, "nystromformer": {"num_landmarks": 6, "conv_kernel": 3}}
     small |= {"hedgehog": {"half": True, "feature_dim": 5}, "cosformer": {"two_dimensional": True}}
-    small |= {"performer": {"num_features": 9}, "monarch": {"block_size": 4, "num_steps": 3}}
+    small |= {"window": {"window": 2}, "performer": {"num_features": 9}, "monarch": {"block_size": 4, "num_steps": 3}}
     chosen = {"default": {}, "paper": PAPER_OPTIONS.get(mechanism, {}), "small": small.get(mechanism, {})}[options]
     case = replace(TINY, mechanism=mechanism, image_size=(80, 112), options=chosen, softmax=UNFUSED)
     model = build_model(case)
@@ -148,12 +167,23 @@ def test_the_counter_agrees_with_formula_and_brute_force(mechanism, options, mon
     assert measure_cost(case).macs == brute.macs
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("mechanism", (*MECHANISMS, "window"))
 def test_the_counter_agrees_with_the_formula_in_the_papers_network(mechanism):
     case = replace(LARGE, mechanism=mechanism, options=PAPER_OPTIONS.get(mechanism, {}))
     with torch.device("meta"):
         expected = formula(case, build_model(case))
     assert measure_cost(case).macs == pytest.approx(expected, rel=0.01)
+
+
+def test_a_student_of_several_mechanisms_costs_what_its_blocks_do():
+    case = replace(TINY, mechanism="linear", image_size=(512, 512))
+    with torch.device("meta"):
+        teacher = case.build_backbone()
+        student = linearize(teacher, "linear", block_mechanisms={1: "window"}).eval()
+    attention = student.blocks[1].attn
+    layer = Mixing(32 * 32 + 1, attention.num_heads, attention.head_dim, 32, attention.token_mixer.options, 1, block=1)
+    difference = measure_model_cost(student, case.image_size).macs - measure_cost(case).macs
+    assert difference == layer.window() - layer.linear()
 
 
 def test_a_mixer_that_does_more_than_its_formula_is_counted(monkeypatch):

@@ -39,7 +39,9 @@ def test_a_launcher_below_one_task_a_node_is_not_refused(plain, monkeypatch) -> 
         monkeypatch.setenv(name, value)
     distributed._check_launched()
     # Refused only after what is there has been taken for a launcher's.
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "_timeout", None)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(distributed.dist, name, lambda *_, **__: None)
     distributed.init_distributed()
 
 

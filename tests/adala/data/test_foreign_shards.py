@@ -51,8 +51,9 @@ def read(path: Path) -> dict[str, dict[str, bytes]]:
         (["./a.PNG", "./a.CLS"], {"./a": "cls png"}),
         (["._a.png", "a.png", ".DS_Store", "__MACOSX/._a.png", "a/.hidden/b.png", "__index__", "README"], {"a": "png"}),
         (["bär.png", "bär.cls"], {"bär": "cls png"}),
+        (["../../x/a.png", "../../x/a.cls", "/etc/a.png", ".hidden/a.png"], {"../../x/a": "cls png", "/etc/a": "png"}),
     ],
-    ids=["dots", "dates", "compound", "dotted_folder", "upper_case", "left_behind", "umlaut"],
+    ids=["dots", "dates", "compound", "dotted_folder", "upper_case", "left_behind", "umlaut", "leads_up"],
 )
 def test_which_files_are_one_sample(tmp_path, png, names, samples):
     path = write_tar(tmp_path / "x.tar", [(name, png(n)) for n, name in enumerate(names)])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -14,7 +15,7 @@ from launch import PATIENCE_S
 from PIL import Image
 
 import adala.data.loader
-from adala.data.index import build_index, load_index
+from adala.data.index import ShardIndex, build_index, load_index
 from adala.data.loader import EvaluationLoader, TrainLoader, start_worker
 from adala.data.order import StreamState
 from adala.data.pack import write_shards
@@ -400,3 +401,73 @@ def test_evaluation_leaves_bad_samples_out_and_counts_them(shard_folder, num_wor
         batches = list(loader)
         assert len(ids(batches)) == 18 and len(batches) == len(loader) - 1
         assert loader.bad_samples == {"train-00001.tar": 2}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_evaluation_counts_a_last_batch_that_is_wholly_bad(shard_folder, num_workers):
+    """With two workers each of them has one."""
+    index = load_index([f"{shard_folder(20, bad=(8, 9, 18, 19))}/train-*.tar"])
+    loader = EvaluationLoader(index, HELD_OUT, batch_size=2, num_workers=num_workers, max_bad_fraction=0.5)
+    for _ in range(2):
+        assert len(ids(loader)) == 16
+        assert loader.bad_samples == {"train-00000.tar": 4}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_with_no_bad_samples_allowed_one_stops_training_and_evaluation(shard_folder, num_workers):
+    index = load_index([f"{shard_folder(32, bad=(5,))}/train-*.tar"])
+    options = {"num_workers": num_workers, "max_bad_fraction": 0}
+    training = TrainLoader(index, IMAGES, global_batch_size=4, micro_batch_size=4, seed=0, **options)
+    for read in (lambda: take(training, 8), lambda: list(EvaluationLoader(index, HELD_OUT, batch_size=4, **options))):
+        with pytest.raises(BadDataError, match=r"more than 0 samples .*allow more of them with data\.max_bad_fraction"):
+            read()
+
+
+def cut(content: bytes, place: int) -> bytes:
+    return content[:place]
+
+
+def cut_and_filled(content: bytes, place: int) -> bytes:
+    return content[:place].ljust(len(content), b"\0")
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    header = place // 512 * 512 + 5
+    return content[:header] + bytes([content[header] ^ 1]) + content[header + 1 :]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("damage", [cut, cut_and_filled, flipped])
+def test_a_shard_that_was_damaged_after_it_was_indexed_stops_the_run(shard_folder, damage, training, num_workers):
+    """Between a sample's label and its image: what came before is read, and the half of a sample is none.
+
+    The index says the size of the shard as it is now, and so all that could tell is what is read.
+    """
+    folder = shard_folder(8, 20)
+    shard, content = folder / "train-00001.tar", (folder / "train-00001.tar").read_bytes()
+    place = content.index(b"0013.png") // 512 * 512
+    assert content[place - 1024 :].startswith(b"0013.cls")
+    shard.write_bytes(damage(content, place))
+    text = (folder / "index.json").read_text()
+    (folder / "index.json").write_text(text.replace(f'"bytes": {len(content)}', f'"bytes": {shard.stat().st_size}'))
+    if damage is cut:  # to a size that cannot hold so many samples: an index of bytes says more than one from elsewhere
+        (first, second) = load_index([str(shard_folder(8, 20, name="whole"))]).shards
+        index = ShardIndex((first, replace(second, url=str(shard))))
+    else:
+        index = load_index([str(folder)])
+    if training:
+        loader = TrainLoader(
+            index, IMAGES, global_batch_size=1, micro_batch_size=1, seed=0, num_workers=num_workers, shuffle_buffer=0
+        )
+        batches = islice(loader, index.num_samples)
+    else:
+        loader = EvaluationLoader(index, HELD_OUT, batch_size=1, num_workers=num_workers, max_bad_fraction=0.5)
+        batches = iter(loader)
+    seen = []
+    with pytest.raises(ValueError, match=r"train-00001\.tar gave \d+ samples where its index lists 20") as caught:
+        for batch in batches:
+            seen += batch["id"]
+    assert not any(sample.rpartition("/")[2] > "0012" for sample in seen) and len(set(seen)) == len(seen)
+    assert loader.bad_samples == {}
+    assert "\n" not in str(caught.value) or num_workers

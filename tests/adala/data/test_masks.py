@@ -352,3 +352,10 @@ def test_damaged_masks_bring_no_other_error() -> None:
                 except DecodeError:
                     outcomes.add(DecodeError)
     assert outcomes == {np.dtype(np.int32), DecodeError}
+
+
+def test_a_mask_has_fewer_pixels_than_an_image_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class takes more memory than a colour."""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(DecodeError, match="8192 x 4097 pixels, more than 33554432 in all"):
+        decode_mask(encoded(np.zeros((4097, 8192), np.uint8), compress_level=1), INDEX)

@@ -1,5 +1,3 @@
-import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -10,10 +8,9 @@ from PIL import Image
 import adala.data
 from adala.data.embedded import load_split
 from adala.data.index import load_index
-from adala.data.index import main as index_main
 from adala.data.order import shards_in_order
-from adala.data.pack import main, write_embedded, write_image_folder, write_shards
-from adala.data.samples import decode, read_positions, read_shard
+from adala.data.pack import write_embedded, write_shards
+from adala.data.samples import decode, read_positions
 from adala.tasks import Classification
 
 read_class = Classification(num_classes=1000).reader
@@ -95,113 +92,6 @@ def test_a_crash_while_shards_are_replaced_leaves_the_split_out_of_the_index(tmp
     with pytest.raises(ValueError, match="matches 'train-"):
         load_index([f"{tmp_path}/train-*.tar"])
     assert len(samples_of(tmp_path, "val")) == 4
-
-
-def test_an_image_folder_becomes_shards_with_sorted_classes(tmp_path, capsys, png):
-    source, folder = tmp_path / "images", tmp_path / "shards"
-    for number, name in enumerate(["dog/a.png", "cat/b.png", "cat/c.d.png", "cat/deep/e.PNG", "ape/f.png"]):
-        path = source / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(number))
-    (source / "cat/notes.txt").write_text("not an image")
-    (source / "cat/broken.jpg").write_bytes(b"not an image either")
-    (source / "cat/cut.png").write_bytes(png(9)[: len(png(9)) // 2])
-    arguments = ["imagefolder", str(source), str(folder), "--split", "val", "--samples-per-shard", "2"]
-    assert main(arguments) == 0
-    said = capsys.readouterr().err
-    assert said.startswith("left out 3 files") and all(name in said for name in ("broken.jpg", "cut.png", "notes.txt"))
-    assert json.loads((folder / "classes.json").read_text()) == ["ape", "cat", "dog"]
-    samples = samples_of(folder, "val")
-    assert sorted(sample.target for sample in samples) == [0, 1, 1, 1, 2]
-    assert [sample.target for sample in samples] != sorted(sample.target for sample in samples)
-    (ape,) = [sample for sample in samples if sample.target == 0]
-    with Image.open(source / "ape/f.png") as image:
-        assert np.array_equal(np.asarray(ape.image), np.asarray(image))
-    (source / "bee").mkdir()
-    with pytest.raises(ValueError, match="other classes"):
-        write_image_folder(source, folder, "train")
-    with pytest.raises(ValueError, match="bee holds no images"):
-        write_image_folder(source / "bee", folder, "train")
-
-
-def write_images(folder: Path, png, *names: str) -> None:
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png(number))
-
-
-@pytest.mark.parametrize("names", [("a.png", "b.png"), ("all/a.png", "all/deep/b.png")], ids=["flat", "one_folder"])
-def test_one_folder_of_images_has_no_labels(tmp_path, png, names):
-    write_images(tmp_path / "images", png, *names)
-    packed = write_image_folder(tmp_path / "images", tmp_path / "shards", "train")
-    assert (packed.classes, packed.images, packed.left_out) == (None, 2, [])
-    (shard,) = load_index([f"{tmp_path}/shards/train-*.tar"]).shards
-    assert [sorted(raw.fields) for raw in read_shard(shard, range(2))] == [["png"], ["png"]]
-    assert not (tmp_path / "shards/classes.json").exists()
-
-
-def test_what_programs_leave_behind_shifts_no_label(tmp_path, png):
-    names = ["ape/a.png", "cat/b.png", ".ipynb_checkpoints/c.png", "__MACOSX/ape/d.png", "cat/._b.png", "stray.png"]
-    write_images(tmp_path / "images", png, *names)
-    packed = write_image_folder(tmp_path / "images", tmp_path / "shards", "train")
-    assert packed.classes == ["ape", "cat"] and packed.images == 2
-    assert [(path.name, reason) for path, reason in packed.left_out] == [
-        ("stray.png", "it lies beside the folders of the classes")
-    ]
-    assert sorted(sample.target for sample in samples_of(tmp_path / "shards", "train")) == [0, 1]
-
-
-def test_a_further_split_takes_its_numbers_from_the_first(tmp_path, png):
-    write_images(tmp_path / "train", png, "ape/a.png", "bee/b.png", "cat/c.png")
-    write_images(tmp_path / "val", png, "cat/d.png")
-    (tmp_path / "val/bee").mkdir()
-    write_image_folder(tmp_path / "train", tmp_path / "shards", "train")
-    packed = write_image_folder(tmp_path / "val", tmp_path / "shards", "val")
-    assert packed.empty_classes == ["bee"]
-    assert [sample.target for sample in samples_of(tmp_path / "shards", "val")] == [2]
-
-
-def test_linked_folders_are_followed_once(tmp_path, png):
-    write_images(tmp_path / "elsewhere", png, "a.png")
-    write_images(tmp_path / "images", png, "cat/b.png")
-    (tmp_path / "images/ape").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "elsewhere")
-    packed = write_image_folder(tmp_path / "images", tmp_path / "shards", "train")
-    assert packed.classes == ["ape", "cat"] and packed.images == 2
-
-
-def test_nothing_is_written_of_images_that_cannot_be_read(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of the images can be read, as .*a.png: it cannot be decoded: .* empty"):
-        write_image_folder(tmp_path / "images", tmp_path / "shards", "train")
-    assert not (tmp_path / "shards").exists()
-
-
-def test_files_carry_the_permissions_of_the_umask(tmp_path, png):
-    write_images(tmp_path / "images", png, "ape/a.png", "cat/b.png")
-    before = os.umask(0o027)
-    try:
-        write_image_folder(tmp_path / "images", tmp_path / "shards", "train")
-    finally:
-        os.umask(before)
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "shards").iterdir()}
-    assert modes == {name: "0o640" for name in ("classes.json", "index.json", "train-00000.tar")}
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [
-        (main, ["imagefolder", "nowhere", "shards"], "nowhere"),
-        (main, ["imagefolder", ".", "shards"], ". holds no images"),
-        (index_main, ["nowhere"], "holds no *.tar"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_one_sentence(tmp_path, monkeypatch, capsys, command, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert command(arguments) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
 def test_the_embedded_slice_is_written_once(tmp_path):

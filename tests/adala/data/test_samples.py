@@ -27,7 +27,7 @@ def raw(key: str, good: bool = True) -> RawSample:
 def test_wanted_ordinals_come_in_sequence_and_no_more_is_read(shard_folder, monkeypatch):
     shard = load_index([f"{shard_folder(20)}/train-*.tar"]).shards[0]
     opened = []
-    monkeypatch.setattr("adala.data.samples.open_stream", lambda url: opened.append(open(url, "rb")) or opened[-1])
+    monkeypatch.setattr("adala.data.samples.open_stream", lambda url, *_: opened.append(open(url, "rb")) or opened[-1])
     samples = read_shard(shard, [3, 4, 9])
     assert [next(samples).key for _ in range(3)] == ["0003", "0004", "0009"]
     assert list(samples) == []
@@ -40,6 +40,18 @@ def test_a_shard_shorter_than_its_index_is_named_with_the_command(shard_folder):
     longer = Shard(shard.url, 9, shard.bytes)
     with pytest.raises(ValueError, match=rf"train-00000.tar .*lists 9.*python -m adala.data.index {folder}`"):
         list(read_shard(longer, range(9)))
+
+
+def test_a_shard_longer_than_its_index_is_named_before_its_last_sample_is_given(shard_folder):
+    """Whoever has the last sample asks for no more."""
+    folder = shard_folder(9)
+    shard = load_index([f"{folder}/train-*.tar"]).shards[0]
+    samples = read_shard(Shard(shard.url, 5, shard.bytes), range(5))
+    assert [next(samples).key for _ in range(4)] == ["0000", "0001", "0002", "0003"]
+    with pytest.raises(
+        ValueError, match=r"train-00000.tar holds more than the 5 samples that its index lists: write the"
+    ):
+        next(samples)
 
 
 def test_a_truncated_shard_is_named(shard_folder):
@@ -122,6 +134,7 @@ def test_too_many_bad_samples_stop_the_run():
     assert len(keys(fill_slots(slots, lambda: slots, BadSamples(100, 0.12)))) == 13
     assert BadSamples(5000, 0.01).limit == 50
     assert BadSamples(20, 0.01, at_least=2).limit == 2
+    assert BadSamples(20, 0).limit == 0
 
 
 def test_a_range_without_a_good_sample_stops_the_run():

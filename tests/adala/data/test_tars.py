@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from adala.data.archives import MAX_END_ZEROS, MAX_FILE_BYTES
 from adala.data.index import build_index, count_samples
-from adala.data.tars import MAX_FILE_BYTES, read_samples
+from adala.data.tars import MAX_SAMPLE_FILES, read_samples
 
 BLOCK = 512
 
@@ -39,8 +40,8 @@ def read(content: bytes) -> list[str]:
 
 def test_an_archive_is_read_to_its_end() -> None:
     assert len(read(samples())) == 5
-    # One block of zeros at the end is enough, as some writers have it; so are many.
-    assert len(read(samples()[: 11 * BLOCK])) == len(read(samples() + bytes(100 * BLOCK))) == 5
+    # One block of zeros at the end is enough, as some writers have it; so is a whole record of them.
+    assert len(read(samples()[: 11 * BLOCK])) == len(read(samples()[: 10 * BLOCK] + bytes(MAX_END_ZEROS))) == 5
     assert read(archive()) == []
 
 
@@ -103,5 +104,22 @@ def test_a_sparse_file_is_refused_before_its_zeros_are_made() -> None:
 
 def test_a_size_beyond_all_images_is_refused_before_it_is_read() -> None:
     info, _ = member("001.png", size=MAX_FILE_BYTES + 1)
-    with pytest.raises(ValueError, match=r"'001\.png' of 1073741825 bytes, more than the 1073741824 of any image"):
+    with pytest.raises(ValueError, match=r"'001\.png' of 268435457 bytes, more than the 268435456 of any image"):
         read(samples(1)[: 2 * BLOCK] + info.tobuf() + bytes(2 * BLOCK))
+
+
+def test_one_that_is_cut_off_within_what_is_passed_over_is_damaged() -> None:
+    content = archive(member("README", b"x" * 5000), member("0.cls", b"7"))
+    for length in (BLOCK, 3 * BLOCK, 3 * BLOCK + 7):
+        with pytest.raises(tarfile.ReadError, match=f"it ends within a file, at byte {length}"):
+            read(content[:length])
+
+
+def test_a_sample_has_no_end_of_files_or_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [member("0.png", b"x"), *(member(f"0.f{number}", b"x") for number in range(MAX_SAMPLE_FILES))]
+    with pytest.raises(ValueError, match=r"the shard a\.tar holds 1025 files of 1025 bytes in the sample of '0\.png'"):
+        read(archive(*many))
+    assert read(archive(*many[:-1])) == ["0"]
+    monkeypatch.setattr("adala.data.tars.MAX_FILE_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"holds 3 files of 1500 bytes in the sample of '0\.png'"):
+        read(archive(*(member(f"0.{kind}", bytes(500)) for kind in ("png", "cls", "txt"))))

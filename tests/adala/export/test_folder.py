@@ -119,6 +119,9 @@ def test_files_and_folders_have_the_permissions_of_the_umask(tmp_path: Path, uma
         ({"model_args": []}, r"model_args cannot be \[\]"),
         ({"backbone": 3}, "backbone cannot be 3"),
         ({"task": "classification"}, "task cannot be 'classification'"),
+        ({"block_mechanisms": {"one": "window"}}, "block_mechanisms cannot be {'one': 'window'}"),
+        ({"block_mechanisms": ["window"]}, r"block_mechanisms cannot be \['window'\]"),
+        ({"block_mechanism_options": {"window": 2}}, "block_mechanism_options cannot be {'window': 2}"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -138,6 +141,8 @@ def test_a_description_of_another_kind_is_refused(exported: Path, change: dict, 
         ({"mechanism": "quadratic"}, "unknown mechanism 'quadratic'"),
         ({"mechanism_options": {"colour": 1}}, "no option 'colour'"),
         ({"keep": [9]}, "keep="),
+        ({"block_mechanisms": {"9": "window"}}, "block_mechanisms="),
+        ({"block_mechanisms": {"1": "quadratic"}}, "unknown mechanism 'quadratic'"),
         ({"task": {"name": "detection"}}, "unknown task 'detection'"),
     ],
     ids=lambda value: str(value)[:30],
@@ -147,6 +152,28 @@ def test_what_a_description_cannot_mean_is_said_with_its_file(exported: Path, ch
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
         load_task_model(exported)
+
+
+def test_a_student_of_several_mechanisms_is_read_back(tmp_path: Path) -> None:
+    mixed = dataclasses.replace(
+        DESCRIPTION, block_mechanisms={0: "window", 2: "window"}, block_mechanism_options={"window": {"window": 2}}
+    )
+    student = mixed.linearize(build_tiny_teacher()).eval()
+    save_student(tmp_path, student.state_dict(), mixed)
+    assert json.loads((tmp_path / "model.json").read_text())["block_mechanisms"] == {"0": "window", "2": "window"}
+    assert read_description(tmp_path) == mixed and mixed.mechanisms == ("linear", "window")
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(load_student(tmp_path)(images), student(images))
+    assert not torch.equal(DESCRIPTION.linearize(build_tiny_teacher()).eval()(images), student(images))
+
+
+def test_a_student_from_before_there_were_several_mechanisms_is_read(exported: Path) -> None:
+    path, images = exported / "model.json", torch.randn(2, 3, 16, 16)
+    before, features = read_description(exported), load_student(exported)(images)
+    values = json.loads(path.read_text())
+    assert values.pop("block_mechanisms") == values.pop("block_mechanism_options") == {}
+    path.write_text(json.dumps(values))
+    assert read_description(exported) == before and torch.equal(load_student(exported)(images), features)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import adala
-from adala.export import StudentDescription, load_student, save_student
+from adala.export import StudentDescription, load_student, read_description, save_student
 from adala.export.huggingface import AdalaBackbone, AdalaConfig, AdalaModel
 from adala.students import linearize
 
@@ -145,6 +145,22 @@ def test_tables_that_are_computed_and_not_saved_survive(tmp_path: Path) -> None:
         assert torch.equal(buffer, computed[name]), name
     with torch.no_grad():
         assert torch.equal(model(IMAGES).last_hidden_state, student(IMAGES))
+
+
+def test_blocks_of_several_mechanisms_come_along(tmp_path: Path) -> None:
+    folder = export_student(tmp_path / "student")
+    described = json.loads((folder / "model.json").read_text())
+    described |= {"block_mechanisms": {"2": "window"}, "block_mechanism_options": {"window": {"window": 2}}}
+    (folder / "model.json").write_text(json.dumps(described))
+    adala.export(folder, tmp_path / "hub", to="hf")
+    model = AdalaModel.from_pretrained(str(tmp_path / "hub"))
+    assert (
+        "window=2" in repr(model.student.blocks[2].attn)
+        and "kept softmax: 1;" in (tmp_path / "hub/README.md").read_text()
+    )
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES).last_hidden_state, load_student(folder)(IMAGES))
+    assert model.config.description == read_description(folder)
 
 
 def test_autobackbone_finds_it_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,20 @@ def test_a_file_says_what_images_it_takes(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_blocks_of_several_mechanisms_become_one_program(ending: str, tmp_path: Path) -> None:
+    """6 x 3 patches in windows of 2, shifted in the second block."""
+    others = ({1: "window", 2: "window"}, {"window": {"window": 2}})
+    student = linearize(build_tiny_teacher(), "linear", (), None, 0, *others).eval()
+    done = adala.export(student, tmp_path / f"student.{ending}", size=SIZE)
+    assert done.agreement.worst_cosine > 0.999999
+    if ending == "onnx":
+        notes = {each.key: json.loads(each.value) for each in onnx.load(done.path).metadata_props}
+        assert notes["mechanism"] == "linear + window"
+        images = random_images(5)
+        assert_close(run_onnx(done.path, images), at_size(student, images))
+
+
 def test_weights_too_large_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
     student = student_of("linear")

@@ -102,6 +102,7 @@ def test_masked_attention_follows_the_masks(build_head: Callable[..., nn.Module]
         ("teacher", {}, "SoftmaxMixer(scale=None)"),
         ("linear", {}, "LinearMixer(den_added=0.5)"),
         ("hybrid", {}, "LinearMixer(den_added=0.5)"),
+        ("mixed", {}, "LinearMixer(den_added=0.5)"),
         ("all kept", {}, "SoftmaxMixer(scale=None)"),
         ("linear", {"patch_attention": "softmax"}, "SoftmaxMixer(scale=None)"),
         ("teacher", {"patch_attention": "linear"}, "LinearMixer(den_added=1e-06)"),
@@ -118,7 +119,8 @@ def test_patches_attend_by_the_students_mechanism_unless_told(
 ) -> None:
     teacher = build_tiny_teacher()
     kept = {"hybrid": [0, 2], "all kept": [0, 1, 2]}.get(model, [])
-    source = teacher if model == "teacher" else linearize(teacher, "linear", kept, {"den_added": 0.5})
+    others = {0: "window"} if model == "mixed" else {}
+    source = teacher if model == "teacher" else linearize(teacher, "linear", kept, {"den_added": 0.5}, 0, others)
     mixers = [block.attention.token_mixer for block in build_head("pmt", source, **options).blocks]
     found = {f"{type(mixer).__name__}({str(mixer.options).split('(')[1]}" for mixer in mixers}
     assert found == {expected} and len(set(map(id, mixers))) == 2
