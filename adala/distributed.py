@@ -2,9 +2,7 @@
 
 import datetime
 import os
-import resource
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from adala.resident import resident_mib
 
 Result = TypeVar("Result")
 
@@ -230,13 +230,7 @@ def peak_memory_mib() -> float:
     """Highest memory of this rank so far, in MiB: what PyTorch allocated on its GPU, or the process's resident set."""
     if uses_gpu():
         return torch.cuda.max_memory_allocated() / 2**20
-    return peak_resident_mib()
-
-
-def peak_resident_mib() -> float:
-    """Highest resident set of this process in its life, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there and KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return resident_mib("VmHWM")
 
 
 def say(message: str) -> None:

@@ -3,27 +3,24 @@
 MACs are multiply-accumulates as :mod:`adala.macs` counts them. A GFLOP of the usual count is half a GMAC.
 """
 
-import contextlib
 import ctypes
 import gc
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from cases import OUT_OF_MEMORY, Case, CaseFailed, build_model, failure, make_images, num_tokens
 from timing import nvml, pinned_sdpa, switch_off_tf32
 from torch import nn
 
-from adala.distributed import peak_resident_mib
 from adala.families import Backbone
 from adala.macs import count_macs
+from adala.resident import forget_peak, resident_mib
 
 MIB = 2**20
 # Exit code of a memory case that ran out of memory in a way that Python could still tell.
@@ -120,17 +117,16 @@ def _measure_cpu(case: Case) -> dict[str, float | None]:
     small = Case("test_vit", image_size=(32, 32), dtype=case.dtype, softmax=case.softmax)
     build_model(small).to(case.torch_dtype)(make_images(small, torch.device("cpu")))
     _give_back_freed()
-    baseline = _resident_mib("VmRSS:")
+    baseline = resident_mib("VmRSS")
     model = build_model(case).to(case.torch_dtype)
     images = make_images(case, torch.device("cpu"))
     model(images)
     _give_back_freed()
-    resting = _resident_mib("VmRSS:")
-    with contextlib.suppress(OSError):
-        # Resets the high-water mark where the system can; else it is that of the process's whole life.
-        Path("/proc/self/clear_refs").write_text("5")
+    resting = resident_mib("VmRSS")
+    # Where the system cannot, the peak is that of the process's whole life.
+    forget_peak()
     model(images)
-    peak = _resident_mib("VmHWM:")
+    peak = resident_mib("VmHWM")
     return _memory(model, peak - baseline, max(0.0, peak - resting), peak)
 
 
@@ -139,13 +135,6 @@ def _give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
     if trim is not None:
         trim(0)
-
-
-def _resident_mib(key: str) -> float:
-    """The resident set now (``VmRSS:``) or its highest (``VmHWM:``); where nobody says, the highest ever."""
-    status = Path("/proc/self/status")
-    kib = re.search(rf"^{key}\s+(\d+)", status.read_text() if status.exists() else "", re.MULTILINE)
-    return int(kib[1]) / 1024 if kib else peak_resident_mib()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ one of the claims does not hold.
 
 import argparse
 import pickle
-import resource
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from adala.data.index import mix, read_index
 from adala.data.order import WorkerRange, open_phase, permuted_shards, usable_samples, worker_range
 from adala.data.positions import Intervals
 from adala.files import write_json
+from adala.resident import resident_mib
 
 MOST_SECONDS, MOST_MIB = 10, 2048
 EPOCH = 3
@@ -232,7 +232,7 @@ def simulate_mixture(simulation: Simulation, ranges: Sequence[Intervals]) -> Non
 
 
 def report(simulation: Simulation, seconds: float) -> None:
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_mib = resident_mib("VmHWM")
     slowest, usual = (simulation.ordering_s + of(simulation.planning_s) for of in (max, median))
     print(f"all in {seconds:.0f} s:")
     simulation.claim(

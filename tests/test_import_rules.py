@@ -48,7 +48,7 @@ LAYERS: list[set[str]] = [
         "adala.slices",
         "adala.verbs",
     },
-    {"adala.budget"},
+    {"adala.budget", "adala.resident"},
 ]
 BASELINES_MAY = {"adala.attention", "adala.losses", "adala.conversion"}
 

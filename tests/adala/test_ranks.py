@@ -1,14 +1,17 @@
 """What several ranks agree upon: nobody waits for a rank that has given up, and all come to one answer."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
 
-from adala import distributed
+from adala import distributed, resident
 from adala.distributed import (
     SharedError,
     all_reduce_sum,
@@ -22,6 +25,7 @@ from adala.distributed import (
     world_size,
 )
 from adala.failures import has_lost_peer, report_error
+from adala.resident import forget_peak, resident_mib
 
 MISTAKE = "rank 1 has no data"
 
@@ -151,10 +155,25 @@ def test_a_lost_peer_is_told_from_an_own_mistake(error: Exception, lost: bool) -
 
 def test_peak_memory_is_in_mib() -> None:
     """This process has imported torch: some hundred MiB, and less than the machine has."""
-    peak = distributed.peak_resident_mib()
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    assert peak == pytest.approx(int(line.split()[1]) / 1024, rel=0.1)
-    assert distributed.peak_memory_mib() == pytest.approx(peak, rel=0.1) and os.environ["DS_ACCELERATOR"] == "cpu"
+    assert distributed.peak_memory_mib() == pytest.approx(int(line.split()[1]) / 1024, rel=0.1)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_what_a_process_held_that_starts_another_is_not_that_ones_peak() -> None:
+    """As getrusage has it: a launcher of 600 MiB would have given them to each of its ranks."""
+    # The module alone: the package around it holds hundreds of MiB by itself.
+    code = f"import runpy; print(runpy.run_path({resident.__file__!r})['resident_mib']('VmHWM'))"
+    held = np.ones(600 * 2**20, np.uint8)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(said) < 100 and held.all()
+
+
+def test_a_peak_is_forgotten() -> None:
+    held = np.ones(200 * 2**20, np.uint8)
+    del held
+    before = resident_mib("VmHWM")
+    assert forget_peak() and resident_mib("VmHWM") < before - 150 and resident_mib("VmRSS") <= resident_mib("VmHWM")
 
 
 def quantiles() -> float:

@@ -16,7 +16,6 @@ import json
 import logging
 import queue
 import random
-import re
 import resource
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import shard_mutants as mutants
 import torch
 
 from adala.data import EvaluationLoader, TrainLoader, View, build_index, load_index
+from adala.resident import resident_mib
 from adala.tasks import Classification
 
 TIMEOUT_S = 60
@@ -180,9 +180,7 @@ def run(seed: int, number: int, good: dict[str, str]) -> dict[str, Any]:
 
 def peak_mib() -> float:
     """The most that this process, or one of its workers, ever held."""
-    # getrusage's own figure begins at what the process held that started this one.
-    own_kib = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return max(own_kib, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+    return max(resident_mib("VmHWM"), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 
 def child(seed: int, numbers: list[int]) -> None:

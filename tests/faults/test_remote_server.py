@@ -1,11 +1,11 @@
 """Whatever a server does, reading ends within its time, with every sample once and in order or with one sentence."""
 
-import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fault_server import Case, Layout, cases
+from memory_bounds import growth_below
 from served_shards import IMPATIENT, SHARD, as_served, check_outcome, layout_of, try_case, write_folder
 
 from adala.data.index import load_index
@@ -47,8 +47,6 @@ def test_there_are_many_cases() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_reading_ends_in_time_with_all_samples_or_a_sentence(name, cached, table, files, expected, tmp_path) -> None:
     case = table[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcome = try_case(case, files, replace(IMPATIENT, cache_dir=str(tmp_path / "cache") if cached else None))
+    with growth_below(400):
+        outcome = try_case(case, files, replace(IMPATIENT, cache_dir=str(tmp_path / "cache") if cached else None))
     check_outcome(case, outcome, expected, cached)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 400, f"{grown:.0f} MiB"
