@@ -251,7 +251,8 @@ def _check_collective() -> None:
 def barrier() -> None:
     _check_collective()
     if dist.is_initialized():
-        dist.barrier()
+        # NCCL would guess the GPU by the global rank.
+        dist.barrier(device_ids=[local_rank()] if uses_gpu() else None)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

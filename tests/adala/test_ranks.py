@@ -185,3 +185,15 @@ def test_ranks_are_forked_from_a_process_that_has_had_several_threads() -> None:
     torch.set_num_threads(2)
     here = quantiles()
     assert on_ranks(2, quantiles) == [pytest.approx(here, abs=1.0)] * 2
+
+
+@pytest.mark.parametrize(("on_gpu", "named"), [(True, [3]), (False, None)], ids=["gpu", "cpu"])
+def test_a_barrier_names_its_gpu(monkeypatch: pytest.MonkeyPatch, on_gpu: bool, named: list[int] | None) -> None:
+    """NCCL guesses it by the global rank, which is another one wherever nodes have other numbers of GPUs."""
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(distributed, "uses_gpu", lambda: on_gpu)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda device_ids: asked.append(device_ids))
+    distributed.barrier()
+    assert asked == [named]
