@@ -141,9 +141,10 @@ def test_a_report_without_anything_measured_is_still_written(tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
-def test_the_published_report_is_read_and_told_as_it_was():
-    """docs/bench/cpu: the same sentences, tables and notes, but for where GMACs come from."""
-    published = DOCUMENT.parent / "bench" / "cpu"
+@pytest.mark.parametrize("name", ["cpu", "h100/best", "h100/paper"])
+def test_the_published_reports_are_read_and_told_as_they_were(name: str):
+    """docs/bench: the same sentences, tables and notes, but for where GMACs come from."""
+    published = DOCUMENT.parent / "bench" / name
     told = markdown(read_results(published / "results.json")).splitlines()
     before = (published / "report.md").read_text().splitlines()
     assert len(told) == len(before)
