@@ -181,9 +181,16 @@ def _scores_table(measured: Measured, kinds: Sequence[str]) -> str:
     columns = [(name, kind) for kind in kinds for name in measured.sets(kind)]
     if not columns:
         return ""
-    headings = [f"{name} {HEADINGS[kind]}" for name, kind in columns]
+    headings = [f"{name} {HEADINGS[kind]}{_count(measured, name)}" for name, kind in columns]
     table = _table(measured, headings, lambda r: [_score(r, name, SCORES[kind]) for name, kind in columns])
     return table + (_baseline_lines(measured, [name for name, _ in columns]) if "segmentation" in kinds else "")
+
+
+def _count(measured: Measured, of_set: str) -> str:
+    """On how many images rows are scored: what a share of the teacher's score can be trusted for."""
+    documents = (result.documents.get(of_set) for result in measured.results.values())
+    counts = {document.data["samples"]["held-out"] for document in documents if document is not None}
+    return f" ({'/'.join(map(str, sorted(counts)))} images)" if counts else ""
 
 
 def _baseline_lines(measured: Measured, sets: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from student_results import RowResult
 
 from adala.evaluation import BlockReport
@@ -23,24 +24,29 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 def draw_front(points: Mapping[str, Point]) -> Figure:
     """How many times the teacher's speed, against patch cosine and against the mean share of scores, by row."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    figure = Figure(figsize=(15, max(6, 0.19 * len(points))), layout="constrained")
     panels = figure.subplots(1, 2)
+    # Names beside the points would cover each other, and run out of the picture.
+    numbers = {name: number for number, name in enumerate(points, 1)}
     for axis, place, title in zip(panels, (1, 2), ("patch cosine", "mean share of the teacher's scores"), strict=True):
         known = {name: (of[0], of[place]) for name, of in points.items() if None not in (of[0], of[place])}
-        _draw_points(axis, known)
+        _draw_points(axis, known, numbers)
         axis.set(xlabel="times the teacher's images a second", ylabel=title)
         axis.grid(alpha=0.3)
+    labels = [f"{number}  {name.replace('`', '')}" for name, number in numbers.items()]
+    nothing = [Line2D([], [], linestyle="") for _ in labels]
+    figure.legend(nothing, labels, loc="outside right center", handlelength=0, handletextpad=0, fontsize=8)
     return figure
 
 
-def _draw_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def _draw_points(axis: Axes, points: Mapping[str, tuple[float, float]], numbers: Mapping[str, int]) -> None:
     front = pareto_front(list(points.values()))
     if front:
         axis.plot(*zip(*front, strict=True), "-", color="#c8102e", alpha=0.5)
     for name, point in points.items():
         on_front = point in front
         axis.plot(*point, "o", color="#c8102e" if on_front else "#2b6cb0", markersize=5)
-        axis.annotate(name, point, xytext=(4, 3), textcoords="offset points", fontsize=6 + on_front)
+        axis.annotate(str(numbers[name]), point, xytext=(4, 3), textcoords="offset points", fontsize=8)
 
 
 def draw_curves(results: Mapping[str, RowResult]) -> Figure:

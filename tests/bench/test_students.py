@@ -177,6 +177,7 @@ def test_what_stands_on_the_page_is_what_was_measured(scored: Path) -> None:
     assert "Not yet measured: `linearized`.\n" in page and "unaligned" not in page and "0.000" not in page
     assert "3 of 4 rows are measured. Choices were made on `val`, on which 1 students were scored" in page
     assert "looked at 1 to 1 times each" in page
+    assert "colours kNN (12 images) | colours probe (12 images)" in page and "squares mIoU (6 images)" in page
     assert cells(page, "AdaLA (short)", 4)[:3] == [f"`{ADALA}`", "0", f"`{scored}/recipe.yaml`"]
 
 
