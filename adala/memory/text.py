@@ -25,7 +25,7 @@ def print_reports(reports: Sequence[StageReport], gpu_gib: float) -> None:
     console.print(
         "GiB a GPU. 'saved' is what an image holds for the backward pass, 'working' what comes beside it; 'largest' is "
         f"the micro-batch that fits, 'needs' all that it takes, with {RESERVE}; 'GB sent' is what a GPU sends in a "
-        "step. Nothing of this was measured on a GPU: docs/MEMORY.md.",
+        "step. How close that came on a GPU: docs/MEMORY.md.",
         highlight=False,
         soft_wrap=True,
     )

@@ -225,6 +225,7 @@ def trace_stage(plan: StagePlan, micro_batches: tuple[int, int] = TRACED, loss: 
     """
     stage = outline_stage(plan).train()
     stage.target_variance = dict.fromkeys(stage.calibrated_targets, 1.0)
+    stage.normalise = _normalise
     task = None
     if isinstance(stage, Finetuning):
         task, stage.task = stage.task, _StandIn()
@@ -262,22 +263,32 @@ def _pretend_cpu(module: nn.Module) -> None:
 
 def _trace_pass(stage: Stage, plan: StagePlan, images: int, autocast: AbstractContextManager) -> tuple[int, int, int]:
     """Bytes saved for the backward pass, the most alive in both, and in the teacher's forward pass alone."""
-    device = next(stage.parameters()).device
-    batch = {"image": torch.empty(images, 3, *plan.data.view.image_size, device=device)}
     weights = [*stage.parameters(), *stage.buffers(), *stage.teacher.parameters(), *stage.teacher.buffers()]
     # As ZeRO 2 and 3 do: what gradients take is counted with the optimizer's states.
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in stage.parameters() if p.requires_grad]
     with LiveTensors(weights) as live:
         with SavedActivations(weights) as saved, autocast:
+            batch = _uint8_batch(stage, plan, images)
             loss = stage(batch)["loss"]
         held = saved.peak_bytes
         loss.backward()
-        del loss
+        del loss, batch
     for hook in hooks:
         hook.remove()
     with LiveTensors(weights) as forward, torch.no_grad(), autocast:
-        stage.teacher(stage.images_for(stage.teacher, batch))
+        stage.teacher(stage.images_for(stage.teacher, _uint8_batch(stage, plan, images)))
     return held, live.peak_bytes, forward.peak_bytes
+
+
+def _uint8_batch(stage: Stage, plan: StagePlan, images: int) -> dict[str, Tensor]:
+    """A batch as it comes to the device."""
+    device = next(stage.parameters()).device
+    return {"image": torch.empty(images, 3, *plan.data.view.image_size, dtype=torch.uint8, device=device)}
+
+
+def _normalise(images: Tensor) -> Tensor:
+    """Holds what torchvision's normalising holds, which looks at values and so cannot be run without them."""
+    return images.float().sub(0.5)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -160,7 +160,7 @@ class AttentionAlignment(Stage):
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` (mean over linearized blocks) and ``block00_loss``, ...; in eval mode the features too."""
-        images, teacher_images = self.images_for(self.student, batch), self.images_for(self.teacher, batch)
+        images, teacher_images = self.images_for_both(batch)
         shells, layout = linearized_blocks(self.student), self.student.token_layout(images)
         positions = self.student.positions(images)
         losses: dict[int, Tensor] = {}

@@ -133,14 +133,23 @@ class Stage(nn.Module):
         Raises:
             ValueError: They are uint8, and the stage does not know how to normalise them.
         """
-        weight, images = model.patch_embed.proj.weight, batch["image"]
+        (images,) = self._images_for(batch, model)
+        return images
+
+    def images_for_both(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The same for the student and for the teacher: one tensor, which is held once, where their dtypes are one."""
+        ours, theirs = self._images_for(batch, self.student, self.teacher)
+        return ours, theirs
+
+    def _images_for(self, batch: Mapping[str, Any], *models: Backbone) -> list[Tensor]:
+        weights, images = [model.patch_embed.proj.weight for model in models], batch["image"]
         if not images.is_floating_point():
             if self.normalise is None:
                 raise ValueError(
                     f"images of {images.dtype} are not normalised: set the stage's normalise, or do it before"
                 )
-            images = self.normalise(images.to(weight.device, non_blocking=True))
-        return images.to(weight.device, weight.dtype, non_blocking=True)
+            images = self.normalise(images.to(weights[0].device, non_blocking=True))
+        return [images.to(weight.device, weight.dtype, non_blocking=True) for weight in weights]
 
     def feature_metrics(self, features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
         """Cosines and relative error of a batch's features (B, N, D), for the log."""

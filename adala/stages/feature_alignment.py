@@ -84,10 +84,11 @@ class FeatureAlignment(Stage):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss``, where it has several terms also these (``feature_loss``, ``global_loss``, ``intermediate_loss`` and
         ``block03_loss``, ...), and the features' cosines and relative error; in eval mode the features themselves."""
+        images, teacher_images = self.images_for_both(batch)
         with torch.no_grad(), _streams(self.teacher, self.blocks) as teacher_streams:
-            teacher_features = self.teacher(self.images_for(self.teacher, batch))
+            teacher_features = self.teacher(teacher_images)
         with _streams(self.student, self.blocks) as streams:
-            features = self.student(self.images_for(self.student, batch))
+            features = self.student(images)
         loss = self.feature_loss(features, teacher_features, self.variance_of("features"))
         losses = {"loss": loss}
         if self.global_weight or self.blocks:
