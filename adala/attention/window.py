@@ -5,6 +5,7 @@ the patch grid, s cells along a side of it.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,16 +26,21 @@ class WindowOptions:
         window: w, side of a window in patches.
         summary: s; the grid is divided into s x s cells, and of each a query sees the mean key and value of the patches
             in place of those that lie outside its window. 0 leaves them out.
+        stripes: Whether windows are w rows as wide as the grid, and in blocks of odd number w columns as high as the
+            grid, in place of squares.
     """
 
     window: int = 8
     summary: int = 0
+    stripes: bool = False
 
     def __post_init__(self) -> None:
         if type(self.window) is not int or self.window < 1:
             raise ValueError(f"option window is {self.window!r}: it must be a whole number of patches, at least 1")
         if type(self.summary) is not int or self.summary < 0:
             raise ValueError(f"option summary is {self.summary!r}: it must be a whole number of cells, 0 for none")
+        if type(self.stripes) is not bool:
+            raise ValueError(f"option stripes is {self.stripes!r}: it must be true or false")
 
 
 class WindowMixer(TokenMixer):
@@ -45,32 +51,44 @@ class WindowMixer(TokenMixer):
     theirs see all tokens. A side of the grid that is no longer than w is one window; where both are, this is softmax
     itself. No parameters.
 
+    With ``stripes`` a window is w whole rows of the grid, in blocks of odd number w whole columns: 2 N (w L + 2 P + s^2)
+    D MACs for L patches along the stripe. Where squares begin and end, features may differ from window to window; what
+    ends in one block is crossed in the next here.
+
     With a ``summary``, the patches outside the window count as if each had the mean key and value of its cell: n of
     them together weigh n exp(d^-1/2 q mean(k)). As many cells as patches along both sides are softmax, too.
 
     Paper: arXiv 2103.14030 (Swin), section 3.2; arXiv 2004.05150 (Longformer), section 3.1, for the global tokens;
-        arXiv 2107.00641 (Focal Transformer), section 3.2, for pooled keys and values of what is far.
+        arXiv 2107.00641 (Focal Transformer), section 3.2, for pooled keys and values of what is far; arXiv 2107.00652
+        (CSWin), section 3.1, for stripes.
     Differs: windows at the border are cut off, where Swin moves the grid around and masks what was not adjacent; there
         is no table of relative positions, since pretrained weights know none; cells are means, weighted by how many
-        patches they stand for, where the Focal Transformer learns their pooling.
+        patches they stand for, where the Focal Transformer learns their pooling; stripes of one direction are of all
+        heads of a block, where CSWin gives half of them to each.
     """
 
     Options = WindowOptions
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         with full_precision(v):
-            return window_attention(q, k, v, layout, self.options.window, self._shift, self.options.summary)
+            return window_attention(q, k, v, layout, *self._division(layout), self.options.summary)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, heads: slice = slice(None)) -> Tensor:
-        return window_attention_reference(q, k, v, layout, self.options.window, self._shift, self.options.summary)
+        return window_attention_reference(q, k, v, layout, *self._division(layout), self.options.summary)
 
-    @property
-    def _shift(self) -> int:
+    def _division(self, layout: TokenLayout) -> tuple[list["Run"], list["Run"]]:
+        """How rows and columns of the grid are cut."""
+        window, is_odd = self.options.window, self.shape.block % 2 == 1
+        rows, columns = layout.grid_size
+        if self.options.stripes:
+            whole = [Run(0, rows if is_odd else columns, 1)]
+            return (whole, _runs(columns, window, 0)) if is_odd else (_runs(rows, window, 0), whole)
         # Cells tell windows of each other already; nine sizes of windows in the place of one take longer.
-        return self.options.window // 2 if self.shape.block % 2 and not self.options.summary else 0
+        shift = window // 2 if is_odd and not self.options.summary else 0
+        return _runs(rows, window, shift), _runs(columns, window, shift)
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """Windows of one size beside each other, along one side of the grid: ``size`` in patches."""
 
     start: int
@@ -82,12 +100,12 @@ class _Run(NamedTuple):
         return self.start + self.size * self.count
 
 
-def _runs(side: int, window: int, shift: int) -> list[_Run]:
+def _runs(side: int, window: int, shift: int) -> list[Run]:
     """How a side of the grid is cut: what the shift leaves before the first whole window, these, and the rest."""
     if side <= window:
-        return [_Run(0, side, 1)]
-    whole = _Run(shift, window, (side - shift) // window)
-    return [run for run in (_Run(0, shift, 1), whole, _Run(whole.end, side - whole.end, 1)) if run.end > run.start]
+        return [Run(0, side, 1)]
+    whole = Run(shift, window, (side - shift) // window)
+    return [run for run in (Run(0, shift, 1), whole, Run(whole.end, side - whole.end, 1)) if run.end > run.start]
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,13 @@ class _Cells:
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: int, shift: int, summary: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    rows: Sequence[Run],
+    columns: Sequence[Run],
+    summary: int = 0,
 ) -> Tensor:
     """Softmax within windows: those of one size, of which there are nine at most, go together.
 
@@ -115,14 +139,13 @@ def window_attention(
         k: Keys, (B, H, N, d).
         v: Values, (B, H, N, d).
         layout: Of the N tokens.
-        window: w.
-        shift: Rows and columns of patches before the first whole window.
+        rows: How the rows of the grid are cut; where they meet the ``columns`` are the windows.
+        columns: How its columns are.
         summary: s; 0 is without cells, and without a mask.
 
     Returns:
         (B, H, N, d) in the dtype of ``v``.
     """
-    rows, columns = (_runs(side, window, shift) for side in layout.grid_size)
     if [run.count for run in (*rows, *columns)] == [1, 1]:
         return F.scaled_dot_product_attention(q, k, v)
     cells = _Cells(_cell_means(k, layout, summary), _cell_means(v, layout, summary), summary) if summary else None
@@ -138,7 +161,7 @@ def window_attention(
 
 
 def _mix_windows(
-    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, row: _Run, column: _Run, cells: _Cells | None
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, row: Run, column: Run, cells: _Cells | None
 ) -> Tensor:
     """The output of the patches where two runs of windows meet, (B, H, their rows, their columns, d)."""
     prefix, num_windows = layout.num_prefix_tokens, row.count * column.count
@@ -187,7 +210,7 @@ def _cell_means(x: Tensor, layout: TokenLayout, summary: int) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _cell_bias(
-    layout: TokenLayout, row: _Run, column: _Run, summary: int, dtype: torch.dtype, device: torch.device
+    layout: TokenLayout, row: Run, column: Run, summary: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The logarithm of how many patches of each cell lie outside of each window, (windows, cells)."""
     inside, sizes = [], []
@@ -203,16 +226,20 @@ def _cell_bias(
 
 
 def window_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: int, shift: int, summary: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    rows: Sequence[Run],
+    columns: Sequence[Run],
+    summary: int = 0,
 ) -> Tensor:
     """The same by way of an N x N matrix of scores, (B, H, N, d) in and out.
 
     A patch outside the window has the score, and the value, of the mean of its cell.
     """
-    numbers = []
-    for side in layout.grid_size:
-        place = torch.arange(side, device=q.device)
-        numbers.append((place - shift).div(window, rounding_mode="floor") if side > window else 0 * place)
+    sizes = [torch.tensor([run.size for run in runs for _ in range(run.count)]) for runs in (rows, columns)]
+    numbers = [torch.arange(len(each)).repeat_interleave(each).to(q.device) for each in sizes]
     window_of = torch.cartesian_prod(*numbers)  # (R C, 2)
     sees = (window_of[:, None] == window_of).all(-1)
     prefix = layout.num_prefix_tokens

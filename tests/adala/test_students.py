@@ -60,7 +60,7 @@ def test_single_blocks_have_other_mechanisms_with_options_of_their_own(teacher, 
     assert type(student.blocks[0].attn) is Attention
     mixers = [shell.token_mixer for shell in linearized_blocks(student).values()]
     assert [repr(mixer.options) for mixer in mixers] == [
-        "WindowOptions(window=2, summary=0)",
+        "WindowOptions(window=2, summary=0, stripes=False)",
         "LinearOptions(den_added=0.5)",
     ]
     for block in (1, 2):

@@ -17,8 +17,10 @@ from adala.students import linearize, linearized_blocks
 HEADS, HEAD_DIM = 2, 6
 
 
-def mixer_of(layout: TokenLayout, window: int, block: int = 0, summary: int = 0) -> WindowMixer:
-    options = {"window": window, "summary": summary}
+def mixer_of(
+    layout: TokenLayout, window: int, block: int = 0, summary: int = 0, stripes: bool = False
+) -> WindowMixer:  # fmt: skip
+    options = {"window": window, "summary": summary, "stripes": stripes}
     return build_mixer("window", AttentionShape(HEADS, HEAD_DIM, layout, block), options)
 
 
@@ -108,6 +110,35 @@ def test_what_is_far_counts_as_the_mean_of_its_cell(grid, window, summary, prefi
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("summary", [0, 3])
+@pytest.mark.parametrize("block", [0, 3], ids=["rows", "columns"])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+def test_stripes_are_rows_and_in_the_next_block_columns(grid, window, prefix, block, summary) -> None:
+    """Output and gradients, by keys and values that are written out for every pair of tokens."""
+    layout = TokenLayout(grid, prefix)
+    mixer = mixer_of(layout, window, block, summary, stripes=True)
+    inputs = [x.requires_grad_() for x in packed_qkv(layout)]
+    across = [place // window for place in range(grid[1 if block else 0])]
+    stripes = [across[column if block else row] for row in range(grid[0]) for column in range(grid[1])]
+    places = [None] * prefix + stripes
+    sees = torch.tensor([[a is None or b is None or a == b for b in places] for a in places])
+    q, k, v = inputs
+    if summary:
+        means = cells_of(layout, summary)
+        keys, values = (torch.where(sees[..., None], x[:, :, None], (means @ x)[:, :, None]) for x in (k, v))
+        weights = (torch.einsum("bhid,bhijd->bhij", q, keys) / HEAD_DIM**0.5).softmax(-1)
+        expected = torch.einsum("bhij,bhijd->bhid", weights, values)
+    else:
+        expected = (q @ k.mT / HEAD_DIM**0.5).masked_fill(~sees, -torch.inf).softmax(-1) @ v
+    direction = torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = (expected, *torch.autograd.grad(expected, inputs, direction))
+    for out in (mixer(*inputs, layout), mixer.reference(*inputs, layout)):
+        for ours, theirs in zip((out, *torch.autograd.grad(out, inputs, direction)), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("grid", [(6, 6), (5, 9)], ids=str)
 def test_as_many_cells_as_patches_are_softmax(grid, block) -> None:
@@ -161,6 +192,12 @@ def test_a_window_is_a_whole_number_of_patches(window) -> None:
 def test_a_summary_is_a_whole_number_of_cells(summary) -> None:
     with pytest.raises(ValueError, match=r"option summary is .*: it must be a whole number of cells, 0 for none"):
         mixer_of(TokenLayout((2, 2), 0), 2, summary=summary)
+
+
+@pytest.mark.parametrize("stripes", [1, "true", None], ids=repr)
+def test_stripes_are_true_or_false(stripes) -> None:
+    with pytest.raises(ValueError, match=r"option stripes is .*: it must be true or false"):
+        mixer_of(TokenLayout((2, 2), 0), 2, stripes=stripes)
 
 
 @pytest.mark.parametrize("summary", [0, 2], ids=["alone", "summary"])
