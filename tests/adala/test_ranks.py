@@ -169,6 +169,16 @@ def test_what_a_process_held_that_starts_another_is_not_that_ones_peak() -> None
     assert float(said) < 100 and held.all()
 
 
+@pytest.mark.parametrize("content", [None, "Name:\tpython\nVmRSS:\t 2048 kB\n"], ids=["no /proc", "no peak in it"])
+def test_a_system_that_names_no_peak_is_asked_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path, content) -> None:
+    """gVisor has a /proc, and no VmHWM there."""
+    monkeypatch.setattr(resident, "STATUS", tmp_path / "status")
+    if content is not None:
+        resident.STATUS.write_text(content)
+        assert resident_mib("VmRSS") == 2
+    assert resident_mib("VmHWM") > 100
+
+
 def test_a_peak_is_forgotten() -> None:
     held = np.ones(200 * 2**20, np.uint8)
     del held
