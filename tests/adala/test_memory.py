@@ -20,6 +20,7 @@ from adala.build import build_engine
 from adala.config import RECIPE_FOLDER, load_recipe
 from adala.ds_config import load_ds_config
 from adala.memory.__main__ import main
+from adala.memory import tracing
 from adala.memory.planner import StagePlanner, batch_changes, plan_memory
 from adala.memory.states import count_parameters, model_states, step_traffic
 from adala.memory.text import verdict
@@ -273,3 +274,13 @@ def test_counting_leaves_nothing_trained_out(recipe: Path) -> None:
     plan = plan_stage(recipe, 3)
     stage = build_tiny_stage(plan)
     assert count_parameters(stage) == StagePlanner(plan).counts
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_batch_is_counted_as_it_comes_and_as_it_is_normalised(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Both are there all the while: bytes of an image, and four times as many."""
+    plan = outline_run(load_recipe("tiny"))[number - 1]
+    counted = trace_stage(plan).peak.per_image
+    there_before = torch.empty(64, 3, *plan.data.view.image_size, device="meta")
+    monkeypatch.setattr(tracing, "_uint8_batch", lambda stage, plan, images: {"image": there_before[:images]})
+    assert counted - trace_stage(plan).peak.per_image == (1 + 4) * 3 * math.prod(plan.data.view.image_size)
