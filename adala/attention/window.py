@@ -51,9 +51,9 @@ class WindowMixer(TokenMixer):
     theirs see all tokens. A side of the grid that is no longer than w is one window; where both are, this is softmax
     itself. No parameters.
 
-    With ``stripes`` a window is w whole rows of the grid, in blocks of odd number w whole columns: 2 N (w L + 2 P + s^2)
-    D MACs for L patches along the stripe. Where squares begin and end, features may differ from window to window; what
-    ends in one block is crossed in the next here.
+    With ``stripes`` a window is w whole rows of the grid, in blocks of odd number w whole columns, of L patches each:
+    2 N (w L + 2 P + s^2) D MACs. Where squares begin and end, features may differ from window to window; what ends in
+    one block is crossed in the next here.
 
     With a ``summary``, the patches outside the window count as if each had the mean key and value of its cell: n of
     them together weigh n exp(d^-1/2 q mean(k)). As many cells as patches along both sides are softmax, too.

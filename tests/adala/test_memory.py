@@ -19,8 +19,8 @@ from adala.activations import SavedActivations
 from adala.build import build_engine
 from adala.config import RECIPE_FOLDER, load_recipe
 from adala.ds_config import load_ds_config
-from adala.memory.__main__ import main
 from adala.memory import tracing
+from adala.memory.__main__ import main
 from adala.memory.planner import StagePlanner, batch_changes, plan_memory
 from adala.memory.states import count_parameters, model_states, step_traffic
 from adala.memory.text import verdict
